@@ -1,0 +1,74 @@
+"""Approach 1: features of a pre-trained CNN, k nearest neighbours by cosine similarity. Nothing is trained.
+
+A network trained to tell the 1,000 classes of ImageNet apart has learned what things look like. Without its
+classifier, its last feature maps, averaged over the photo, place photos of similar things close to each other (Razavian
+et al. 2014, CNN Features off-the-shelf; Babenko et al. 2014, Neural Codes for Image Retrieval).
+
+    python cnn_feature_extraction.py
+    python cnn_feature_extraction.py --data my_photos --backbone resnet50
+
+Measured on 18,000 photos of cats and dogs with 2,000 queries: see the README's table.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.backbones import load_backbone
+from common.config import run
+from common.embed import Embedder, choose_device
+from common.evaluate import evaluate, seed_everything
+from common.photos import gallery_and_queries, is_drawn, locate_photos
+from common.report import write_report
+
+
+@dataclass
+class Config:
+    """Hyperparameters. Edit them here, or override one for a run: --backbone resnet50"""
+
+    # Photos
+    data: str = (
+        "auto"  # a folder of photos, "sample" (drawn here), or "auto": data/ if it holds photos, else a download
+    )
+    queries: str = ""  # a folder of photos that ask; empty: a tenth of data asks, and the rest is searched
+    split: Literal["test", "validation"] = "test"  # "validation" asks with a tenth of the gallery: tune on that one
+    seed: int = 0  # of the split, the disturbed copies, and weights that start at random
+
+    # Network
+    backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
+    weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
+    image_size: int = 0  # pixels, square; 0: what the weights were trained with
+
+    # Computing
+    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is
+    batch_size: int = 0  # photos through the network at a time; 0: 8 on a CPU, 256 on a GPU
+    cache: str = "data/.cache"  # a folder that keeps embeddings for the next run, or "none"
+
+    # Output
+    results: str = "results"  # the folder for the result file, the list of neighbours and the picture
+
+
+def main(config: Config) -> Path:
+    """Embeds the photos, searches, scores; returns the path of the result file."""
+    started = time.perf_counter()
+    seed_everything(config.seed)
+    device = choose_device(config.device)
+    cache = None if config.cache == "none" else Path(config.cache)
+
+    folder = locate_photos(config.data)
+    network, preprocessing, weights = load_backbone(
+        config.backbone, config.weights, config.image_size, untrained_if_missing=is_drawn(folder)
+    )
+    gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
+
+    embedder = Embedder(network, preprocessing, device, config.batch_size, config.backbone)
+    evaluation = evaluate(embedder, gallery, queries, config.seed, cache)
+
+    model = {"backbone": config.backbone, "weights": weights}
+    seconds = time.perf_counter() - started
+    return write_report("cnn_feature_extraction", config, gallery, queries, embedder, model, evaluation, seconds)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,200 @@
+"""Pre-trained networks of torchvision, cut down to what an embedding needs."""
+
+import hashlib
+import pickle
+import re
+import socket
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import models
+from torchvision.transforms import InterpolationMode
+
+from common.config import UserError
+
+TIMEOUT = 15.0  # seconds without an answer from the server of the weights
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the weights were trained to see. Sizes in pixels; `mean` and `std` of RGB values in [0, 1]."""
+
+    resize: int  # of the shorter side
+    crop: int  # side of the square cut from the middle
+    interpolation: InterpolationMode
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def square(self, image: Image.Image) -> np.ndarray:
+        """uint8 [crop, crop, 3] from an RGB image: torchvision's Resize and CenterCrop to the bit, but what the crop
+        would throw away is not computed."""
+        width, height, shorter = image.width, image.height, min(image.size)
+        wide, high = int(self.resize * width / shorter), int(self.resize * height / shorter)
+        left, top = round((wide - self.crop) / 2), round((high - self.crop) / 2)
+        across, down = width / wide, height / high
+        box = (left * across, top * down, (left + self.crop) * across, (top + self.crop) * down)
+        return np.array(image.resize((self.crop, self.crop), Image.Resampling[self.interpolation.name], box))
+
+    def normalise(self, squares: torch.Tensor) -> torch.Tensor:
+        """float32 [B, 3, crop, crop] from uint8 [B, crop, crop, 3]; laid out channels last, as it comes."""
+        mean, std = (torch.tensor(each, device=squares.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
+        return torch.addcmul(-mean / std, squares.permute(0, 3, 1, 2), 1 / (255 * std))
+
+
+class GlobalAveragePool(nn.Module):
+    """[B, C, H, W] -> float32 [B, C]; what is pooled already stays. The mean is taken in float32 also where the
+    network computes in bfloat16, whose 8 bits would make different photos tie."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return features.float().mean((2, 3)) if features.ndim == 4 else features.float()
+
+
+def load_backbone(
+    name: str, weights: str, image_size: int = 0, untrained_if_missing: bool = False
+) -> tuple[nn.Module, Preprocessing, str]:
+    """A classification network of torchvision without its head: it gives pooled last features, float32 [B, C].
+
+    Args:
+        name: as torchvision calls it, such as "resnet18".
+        weights: a name of torchvision ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none".
+        image_size: pixels; 0 is what the weights were trained with.
+        untrained_if_missing: where named weights can't be had, go on with random ones instead of raising.
+
+    Returns:
+        The network in evaluation mode, its preprocessing, and what the weights are in truth: "IMAGENET1K_V1",
+        "squeezenet1_1.pth, sha256 0123456789ab", "none (untrained)".
+
+    Raises:
+        UserError: no such network or weights, a file that doesn't fit, or photos too small for the network.
+    """
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"torchvision has no classification network {name!r}: choose one of {', '.join(known)}")
+    choices = models.get_model_weights(name)
+    if weights == "none":
+        network, used = _untrained(name), "none (untrained)"
+    elif weights in choices.__members__:
+        network, used = _named(name, choices[weights], untrained_if_missing)
+    elif Path(weights).is_file():
+        network, used = _from_file(name, Path(weights))
+    else:
+        raise UserError(
+            f'{weights} is neither a file nor weights of {name}: give the path of a state dict, "none", or one of '
+            f"{', '.join(choices.__members__)}"
+        )
+    trained_with = choices[weights] if weights in choices.__members__ else choices.DEFAULT
+    preset = trained_with.transforms()
+    crop, resize = preset.crop_size[0], preset.resize_size[0]
+    if image_size:
+        crop, resize = image_size, round(image_size * resize / crop)
+    preprocessing = Preprocessing(resize, crop, preset.interpolation, tuple(preset.mean), tuple(preset.std))
+    _cut_head(network)
+    network.eval()
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, crop, crop))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"{name} can't take photos of {crop} x {crop} pixels ({error}): change image_size") from error
+    return network, preprocessing, used
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers: two networks of one kind with the same digest embed alike."""
+    digest = hashlib.sha256()
+    for key, tensor in network.state_dict().items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _cut_head(network: nn.Module) -> None:
+    """Puts global average pooling in place of the classifier, the last child of every network of torchvision, and of
+    the pooling before it, which in some (vgg, alexnet) keeps a grid."""
+    head, _ = list(network.named_children())[-1]
+    setattr(network, head, GlobalAveragePool())
+    if hasattr(network, "avgpool"):
+        network.avgpool = GlobalAveragePool()
+    if getattr(network, "aux_logits", False):  # the side classifiers of GoogLeNet and Inception, for training only
+        network.aux_logits = False
+        for side in {"aux1", "aux2", "AuxLogits"} & dict(network.named_children()).keys():
+            setattr(network, side, None)
+
+
+def _untrained(name: str) -> nn.Module:
+    slow_init = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, **slow_init)
+
+
+def _named(name: str, choice: models.WeightsEnum, untrained_if_missing: bool) -> tuple[nn.Module, str]:
+    file = choice.url.rsplit("/", 1)[-1]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        with _timeout(TIMEOUT):
+            return models.get_model(name, weights=choice), choice.name
+    except (urllib.error.URLError, OSError) as error:
+        if untrained_if_missing:
+            reason = getattr(error, "reason", error)
+            print(f"UNTRAINED WEIGHTS: {choice.url} can't be reached ({reason}). {name} starts from random weights.\n")
+            return _untrained(name), "none (untrained)"
+        raise UserError(
+            f"the weights {choice.name} of {name} can't be downloaded ({getattr(error, 'reason', error)}): fetch "
+            f"{choice.url} elsewhere and put it as {file} into {folder}, or name a state dict with --weights"
+        ) from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{folder / file} is damaged ({_brief(error)}): delete it, and it is downloaded anew"
+        ) from error
+
+
+def _from_file(name: str, path: Path) -> tuple[nn.Module, str]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file fails in as many ways as there are formats
+        raise UserError(f"{path} is not a state dict that torch can load safely ({_brief(error)})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict (names and tensors): save model.state_dict()")
+    if name.startswith("densenet"):  # torchvision's published files have the names of an older version
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): state[key] for key in state}
+    network = _untrained(name)
+    if hasattr(network, "transform_input"):  # as torchvision does for these when it loads pre-trained weights
+        network.transform_input = True
+    expected = network.state_dict()
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}  # older files have none
+    problems = {
+        "lacks": sorted(expected.keys() - state.keys() - counters),
+        "has foreign": sorted(state.keys() - expected.keys()),
+        "has another shape for": sorted(
+            key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape
+        ),
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
+        raise UserError(f"{path} does not fit {name}: it {told}. Name the network that it was saved from")
+    network.load_state_dict(state, strict=False)
+    return network, f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def _brief(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+@contextmanager
+def _timeout(seconds: float) -> Iterator[None]:
+    """Gives up on a silent server: torchvision's download sets no limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,75 @@
+"""From a dataclass of hyperparameters to command-line flags, and from a user's mistake to one clear sentence."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message says what was wrong, with which file or value, what to do."""
+
+
+def parse_config(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
+    """An instance of `config_class` whose fields the command line may override: `--batch-size 32`.
+
+    Every field needs a default; its type (int, float, str, bool or a Literal) checks the flag, and the comment behind
+    it is the flag's help. `arguments` are those of the command line unless given. A flag that doesn't fit ends the
+    process with exit code 2.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    comments = _comments(config_class)
+    for field in dataclasses.fields(config_class):
+        flags = dict.fromkeys(("--" + field.name.replace("_", "-"), "--" + field.name))
+        meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(*flags, default=field.default, help=meaning, **_parsing(field.type))
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def run(main: Callable[[Any], Any], config_class: type, description: str) -> None:
+    """Runs `main(config)` as a program: exit code 2 and one sentence for a `UserError`, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # a photo's name may hold what the terminal's encoding can't show
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        main(parse_config(config_class, description))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: no result was written; what was embedded so far is kept for the next run", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parsing(kind: Any) -> dict[str, Any]:
+    """What argparse needs to read a flag of type `kind`."""
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if kind is int:
+        return {"type": _whole_number, "metavar": "N"}
+    return {"type": kind, "metavar": kind.__name__.upper()}
+
+
+def _whole_number(text: str) -> int:
+    """Seeds, sizes and counts alike: none of the hyperparameters that are whole numbers is ever negative."""
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
+
+
+def _comments(config_class: type) -> dict[str, str]:
+    """The comment behind each field: {"seed": "of the split, ..."}; empty where the source is not to be had."""
+    try:
+        source = inspect.getsource(config_class)
+    except OSError:
+        return {}
+    return dict(re.findall(r"^    (\w+):[^#\n]*# *(.*?)\s*$", source, re.MULTILINE))

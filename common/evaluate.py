@@ -1,0 +1,208 @@
+"""The protocol: one evaluation for every approach, so that their numbers can be compared."""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torchvision.transforms import functional as transforms
+from tqdm import tqdm
+
+from common import metrics
+from common.embed import Embedder, image_of
+from common.files import parallel_map
+from common.knn import CosineKNN
+from common.photos import Photos, decode_photo
+
+KS = (1, 5, 10, 100)
+INSTANCES = 1000  # gallery photos that are disturbed and must find themselves
+LATENCY_QUERIES, WARM_UP = 200, 10
+THROUGHPUT_PHOTOS = 320
+CROP_AREA = (0.35, 0.8)  # of a disturbed photo
+JPEG_QUALITY = 50
+LIGHT, HUE = 0.3, 0.05  # brightness, contrast and saturation times 1 +- LIGHT; hue +- HUE of the colour circle
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` found: three parts of the result file, and the neighbours behind the metrics.
+
+    `similarities` float32 and `neighbours` int64 (indices into the gallery) are [Q, K], most similar first.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    baselines: dict[str, dict[str, dict[str, float]]]
+    timing: dict
+    similarities: np.ndarray
+    neighbours: np.ndarray
+
+
+def evaluate(embedder: Embedder, gallery: Photos, queries: Photos, seed: int, cache: Path | None) -> Evaluation:
+    """Embeds both sides, searches, scores and times; see the README for what each number means."""
+    gallery_embeddings = embedder.embed_photos(gallery, cache, "embedding the gallery")
+    query_embeddings = embedder.embed_photos(queries, cache, "embedding the queries")
+    started = time.perf_counter()
+    knn = CosineKNN(gallery_embeddings)
+    index_seconds = time.perf_counter() - started
+    knn.search(query_embeddings[:WARM_UP], 1)
+    started = time.perf_counter()
+    similarities, neighbours = knn.search(query_embeddings, min(max(KS), len(gallery)))
+    search_seconds = time.perf_counter() - started
+
+    values = score_classes(knn, query_embeddings, neighbours, gallery.labels, queries.labels)
+    values |= score_instances(knn, embedder, gallery, seed, cache)
+    timing = {
+        **measure_throughput(embedder, gallery),
+        "index_seconds": index_seconds,
+        "search_queries_per_second": len(queries) / search_seconds,
+        "query_latency_ms": measure_latency(embedder, knn, queries),
+    }
+    baselines = {
+        "chance": _floor(gallery, queries, *_random_vectors(len(gallery), len(queries), seed)),
+        "raw_pixels": _floor(gallery, queries, _pixels(gallery), _pixels(queries)),
+    }
+    return Evaluation(_summarise(values), baselines, timing, similarities, neighbours)
+
+
+def score_classes(
+    knn: CosineKNN, query_embeddings: np.ndarray, neighbours: np.ndarray, gallery_labels: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Every class metric, a value per query: float64 [Q] each.
+
+    Args:
+        knn: of the gallery, N embeddings.
+        query_embeddings: float32 [Q, D].
+        neighbours: int64 [Q, K], what `knn.search` found for them.
+        gallery_labels: int [N].
+        labels: int [Q], the classes of the queries; each occurs in the gallery.
+    """
+    relevant = np.bincount(gallery_labels, minlength=labels.max() + 1)[labels]
+    neighbour_labels = gallery_labels[neighbours]
+    relevance = neighbour_labels == labels[:, None]
+    values: dict[str, np.ndarray] = {}
+    for k in (k for k in KS if k <= relevance.shape[1]):
+        values[f"precision@{k}"] = metrics.precision_at_k(relevance, k)
+        values[f"recall@{k}"] = metrics.recall_at_k(relevance, relevant, k)
+        values[f"hit_rate@{k}"] = metrics.hit_rate_at_k(relevance, k)
+        values[f"map@{k}"] = metrics.average_precision_at_k(relevance, relevant, k)
+        values[f"accuracy@{k}"] = (metrics.majority_vote(neighbour_labels, k) == labels).astype(np.float64)
+    values["r_precision"] = np.empty(len(labels))
+    values["map@r"] = np.empty(len(labels))
+    for chunk, ranking in knn.rank(query_embeddings):
+        ranked = gallery_labels[ranking[:, : relevant.max()]] == labels[chunk, None]
+        values["r_precision"][chunk] = metrics.r_precision(ranked, relevant[chunk])
+        values["map@r"][chunk] = metrics.average_precision_at_r(ranked, relevant[chunk])
+    return values
+
+
+def score_instances(
+    knn: CosineKNN, embedder: Embedder, gallery: Photos, seed: int, cache: Path | None
+) -> dict[str, np.ndarray]:
+    """Do disturbed copies of gallery photos find their own original? A value per copy, float64 [I] each.
+
+    Up to `INSTANCES` photos, chosen by a hash of content and seed. A byte-identical twin of the original counts as it.
+    """
+    keys = np.array(
+        [hashlib.sha256(f"disturbed 1, {seed} ".encode() + one).hexdigest() for one in gallery.contents.tolist()], "S64"
+    )
+    chosen = np.argsort(keys, kind="stable")[:INSTANCES]
+
+    def disturbed(position: int) -> Image.Image:
+        rng = np.random.default_rng(int(keys[chosen[position]][:16], 16))
+        return decode_photo(disturb(image_of(gallery, chosen[position]), rng))
+
+    embeddings = embedder.embed(keys[chosen], disturbed, cache, "embedding disturbed copies")
+    _, identity = np.unique(gallery.contents, return_inverse=True)
+    values = {name: np.empty(len(chosen)) for name in ("instance_hit_rate@1", "instance_hit_rate@5", "instance_mrr")}
+    for chunk, ranking in knn.rank(embeddings):
+        relevance = identity[ranking] == identity[chosen[chunk], None]
+        values["instance_hit_rate@1"][chunk] = metrics.hit_rate_at_k(relevance, 1)
+        values["instance_hit_rate@5"][chunk] = metrics.hit_rate_at_k(relevance, min(5, len(gallery)))
+        values["instance_mrr"][chunk] = metrics.reciprocal_rank(relevance)
+    return values
+
+
+def disturb(image: Image.Image, rng: np.random.Generator) -> bytes:
+    """The JPEG file of a photo as another user might have it: cropped, mirrored half the time, in another light.
+
+    The crop keeps the photo's proportions. The same generator state gives the same bytes.
+    """
+    side = np.sqrt(rng.uniform(*CROP_AREA))
+    width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
+    left, top = (int(rng.integers(room + 1)) for room in (image.width - width, image.height - height))
+    image = image.crop((left, top, left + width, top + height))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(rng.uniform(1 - LIGHT, 1 + LIGHT))
+    image = transforms.adjust_hue(image, rng.uniform(-HUE, HUE))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def measure_throughput(embedder: Embedder, gallery: Photos) -> dict[str, float]:
+    """Photos/s of decoding alone (all cores) and of the whole way from files to embeddings, with a warm network.
+
+    Over the same photos in every run, whatever the cache holds.
+    """
+    indices = np.linspace(0, len(gallery) - 1, min(THROUGHPUT_PHOTOS, len(gallery))).astype(int)
+    for _ in embedder.stream(partial(image_of, gallery), indices[: 2 * embedder.batch_size]):
+        pass  # the first batches are slow: kernels are chosen, memory is taken
+    started = time.perf_counter()
+    for _ in parallel_map(lambda index: embedder.preprocessing.square(image_of(gallery, index)), indices):
+        pass
+    decoded = time.perf_counter()
+    for _ in embedder.stream(partial(image_of, gallery), indices):
+        pass
+    embedded = time.perf_counter()
+    return {
+        "decode_photos_per_second": len(indices) / (decoded - started),
+        "embed_photos_per_second": len(indices) / (embedded - decoded),
+    }
+
+
+def measure_latency(embedder: Embedder, knn: CosineKNN, queries: Photos) -> dict[str, float]:
+    """Milliseconds from a photo file's bytes to its five neighbours, one photo at a time, after a warm-up."""
+    files = [queries.read(index) for index in range(min(LATENCY_QUERIES, len(queries)))]
+    seconds = []
+    for turn in tqdm(range(WARM_UP + LATENCY_QUERIES), "measuring latency", unit=" queries", leave=False):
+        data = files[turn % len(files)]
+        started = time.perf_counter()
+        embedding = embedder.embed_images([decode_photo(data)])
+        knn.search(embedding, min(5, len(knn.gallery)))
+        seconds.append(time.perf_counter() - started)
+    p50, p95, p99 = (1000 * np.percentile(seconds[WARM_UP:], [50, 95, 99])).tolist()
+    return {"p50": p50, "p95": p95, "p99": p99, "queries": LATENCY_QUERIES, "warm_up": WARM_UP}
+
+
+def seed_everything(seed: int) -> None:
+    """Weights that start at random start alike; all else that is random here has a generator of its own."""
+    torch.manual_seed(seed)
+
+
+def _floor(
+    gallery: Photos, queries: Photos, gallery_vectors: np.ndarray, query_vectors: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The class metrics of vectors that any approach must beat."""
+    knn = CosineKNN(gallery_vectors)
+    neighbours = knn.search(query_vectors, min(max(KS), len(gallery)))[1]
+    return _summarise(score_classes(knn, query_vectors, neighbours, gallery.labels, queries.labels))
+
+
+def _random_vectors(gallery: int, queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((gallery, 16), np.float32), rng.standard_normal((queries, 16), np.float32)
+
+
+def _pixels(photos: Photos) -> np.ndarray:
+    return photos.thumbnails.reshape(len(photos), -1).astype(np.float32)
+
+
+def _summarise(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {name: metrics.mean_with_interval(one) for name, one in values.items()}

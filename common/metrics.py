@@ -1,0 +1,74 @@
+"""Retrieval metrics: pure functions of which neighbours are relevant.
+
+`relevance` is bool [Q, K], True where the k-th nearest photo is relevant to the query; `relevant` is int [Q], how many
+photos of the gallery are, at least 1. Every function gives one value per query, float64 [Q] in [0, 1]; the metric is
+their mean.
+"""
+
+import numpy as np
+
+RESAMPLES = 1000  # of the bootstrap
+
+
+def precision_at_k(relevance: np.ndarray, k: int) -> np.ndarray:
+    """The relevant share of the first k."""
+    return _first(relevance, k).mean(axis=1)
+
+
+def recall_at_k(relevance: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
+    """The share of all relevant photos that is among the first k."""
+    return _first(relevance, k).sum(axis=1) / relevant
+
+
+def hit_rate_at_k(relevance: np.ndarray, k: int) -> np.ndarray:
+    """1 where any of the first k is relevant (Recall@k in metric-learning papers, such as Musgrave et al. 2020)."""
+    return _first(relevance, k).any(axis=1).astype(np.float64)
+
+
+def average_precision_at_k(relevance: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
+    """Precision at each relevant one of the first k, summed and divided by min(k, relevant): its mean is map@k."""
+    first = _first(relevance, k)
+    precision = first.cumsum(axis=1) / np.arange(1, k + 1)
+    return (precision * first).sum(axis=1) / np.minimum(k, relevant)
+
+
+def r_precision(relevance: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Precision at R, R being the number of relevant photos; `relevance` is the ranking to the largest R at least."""
+    within = np.arange(relevance.shape[1]) < relevant[:, None]
+    return (relevance & within).sum(axis=1) / relevant
+
+
+def average_precision_at_r(relevance: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Average precision over the first R: its mean is map@r (Musgrave, Belongie and Lim 2020, A Metric Learning
+    Reality Check, section 3.2)."""
+    positions = np.arange(1, relevance.shape[1] + 1)
+    counted = relevance & (positions <= relevant[:, None])
+    return (counted.cumsum(axis=1, dtype=np.int32) / positions * counted).sum(axis=1) / relevant
+
+
+def reciprocal_rank(relevance: np.ndarray) -> np.ndarray:
+    """1 / rank of the first relevant photo, 0 where there is none: its mean is the mrr."""
+    return relevance.any(axis=1) / (1.0 + relevance.argmax(axis=1))
+
+
+def majority_vote(neighbour_labels: np.ndarray, k: int) -> np.ndarray:
+    """The most frequent label, int [Q], among the first k of int [Q, K]; of tied ones that of the nearest neighbour."""
+    first = _first(neighbour_labels, k)
+    counts = np.stack([(first == label).sum(axis=1) for label in range(first.max() + 1)], axis=1)
+    votes = np.take_along_axis(counts, first, axis=1)  # [Q, k], how often each neighbour's label occurs
+    winner = votes.argmax(axis=1)  # argmax gives the first of equals: the nearest
+    return np.take_along_axis(first, winner[:, None], axis=1)[:, 0]
+
+
+def mean_with_interval(values: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """The mean of float [Q] with its 95 % interval, by the percentile bootstrap over queries (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(values), size=(RESAMPLES, len(values)), dtype=np.int32)
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def _first(array: np.ndarray, k: int) -> np.ndarray:
+    if not 1 <= k <= array.shape[1]:
+        raise ValueError(f"k is {k}: there are {array.shape[1]} neighbours")
+    return array[:, :k]

@@ -1,0 +1,225 @@
+"""What a run leaves behind: the result file, the list of neighbours, a picture, and a summary on the screen."""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from common.embed import Embedder, image_of
+from common.evaluate import Evaluation
+from common.files import written_whole
+from common.photos import Photos, describe
+
+SCHEMA = 1
+LISTED = 10  # neighbours of each query in the .csv
+SUMMARY = (  # metrics on the screen; the result file has all
+    *("precision@1", "precision@5", "precision@100", "hit_rate@5", "accuracy@5", "map@100", "r_precision", "map@r"),
+    *("instance_hit_rate@1", "instance_hit_rate@5", "instance_mrr"),
+)
+SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 5
+TILE, GAP, MARGIN, FRAME = 128, 14, 28, 5  # pixels of the picture
+INK, FAINT, PAPER = "#22262b", "#7b828a", "#ffffff"
+RIGHT, WRONG = "#2e9e5b", "#d64541"  # frames
+
+
+def write_report(
+    approach: str,
+    config: object,
+    gallery: Photos,
+    queries: Photos,
+    embedder: Embedder,
+    model: dict,
+    evaluation: Evaluation,
+    total_seconds: float,
+) -> Path:
+    """Writes `<approach>.json`, `.neighbours.csv` and `.png` into `config.results`, each whole; prints a summary.
+
+    `model` holds "backbone" and "weights"; the rest of a result file's fields come from the other arguments.
+    """
+    result = {
+        "schema": SCHEMA,
+        "approach": approach,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": vars(config),
+        "dataset": describe(gallery, queries),
+        "model": {
+            **model,
+            "parameters": sum(parameter.numel() for parameter in embedder.network.parameters()),
+            "embedding_dim": embedder.dimension,
+        },
+        "metrics": evaluation.metrics,
+        "baselines": evaluation.baselines,
+        "timing": {**evaluation.timing, "total_seconds": total_seconds, **peak_memory(embedder.device)},
+        "history": [],
+        "environment": environment(embedder.device, embedder.precision),
+    }
+    path = Path(config.results) / f"{approach}.json"
+    with ExitStack() as stack:  # renamed together at the end, the result file last
+        files = [
+            stack.enter_context(written_whole(path.with_suffix(suffix)))
+            for suffix in (".json", ".neighbours.csv", ".png")
+        ]
+        files[0].write_text(to_json(result), encoding="utf-8")
+        files[1].write_text(neighbours_csv(gallery, queries, evaluation), encoding="utf-8", newline="")
+        draw_neighbours(title(result), gallery, queries, evaluation).save(files[2], "PNG")
+    print(summary(result))
+    print(f"\nwritten: {path} and, beside it, .neighbours.csv and .png")
+    return path
+
+
+def to_json(result: dict) -> str:
+    """JSON with a final newline; raises ValueError for NaN and infinity, which JSON doesn't have."""
+    return json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, result: dict) -> Path:
+    """Writes `result` to `path`, whole or not at all; returns `path`."""
+    with written_whole(path) as temporary:
+        temporary.write_text(to_json(result), encoding="utf-8")
+    return path
+
+
+def neighbours_csv(gallery: Photos, queries: Photos, evaluation: Evaluation) -> str:
+    """A line for each of a query's first neighbours: query, rank from 1, neighbour, similarity, relevant 0 or 1."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("query", "rank", "neighbour", "similarity", "relevant"))
+    for query in range(len(queries)):
+        found = zip(evaluation.neighbours[query, :LISTED], evaluation.similarities[query, :LISTED], strict=True)
+        for rank, (neighbour, similarity) in enumerate(found, 1):
+            relevant = int(gallery.labels[neighbour] == queries.labels[query])
+            writer.writerow((queries.paths[query], rank, gallery.paths[neighbour], f"{similarity:.6f}", relevant))
+    return text.getvalue()
+
+
+def title(result: dict) -> str:
+    """One line: approach, network, data and the first figure."""
+    model, dataset, score = result["model"], result["dataset"], result["metrics"].get("precision@5")
+    tail = f"  -  precision@5 {score['value']:.3f}" if score else ""
+    return f"{result['approach']}  -  {model['backbone']}, weights {model['weights']}  -  {dataset['name']}{tail}"
+
+
+def draw_neighbours(heading: str, gallery: Photos, queries: Photos, evaluation: Evaluation) -> Image.Image:
+    """Some queries, evenly spread, each with its nearest photos: similarity under each, a frame for right or wrong."""
+    rows = np.unique(np.linspace(0, len(queries) - 1, SHOWN_QUERIES).astype(int))
+    columns = min(SHOWN_NEIGHBOURS, evaluation.neighbours.shape[1])
+    small, medium = ImageFont.load_default(14), ImageFont.load_default(17)
+    row_height, top = TILE + 34, MARGIN + 62
+    width = 2 * MARGIN + (1 + columns) * TILE + columns * GAP + 2 * GAP
+    width = max(width, 2 * MARGIN + round(medium.getlength(heading)))
+    picture = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN // 2), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, MARGIN - 6), heading, INK, medium)
+    draw.text((MARGIN, MARGIN + 32), "query", FAINT, small)
+    first = MARGIN + TILE + 3 * GAP
+    draw.text((first, MARGIN + 32), "nearest photos, by cosine similarity", FAINT, small)
+
+    def tile(photos: Photos, index: int, x: int, y: int, frame: str | None, label: str) -> None:
+        side = TILE - 2 * FRAME
+        photo = ImageOps.fit(image_of(photos, index), (side, side), Image.Resampling.LANCZOS)
+        if frame:
+            draw.rounded_rectangle((x, y, x + TILE - 1, y + TILE - 1), FRAME, frame)
+        picture.paste(photo, (x + FRAME, y + FRAME))
+        draw.text((x + TILE / 2, y + TILE + 4), label, INK, small, anchor="ma")
+
+    for row, query in enumerate(rows):
+        y, label = top + row * row_height, queries.labels[query]
+        tile(queries, query, MARGIN, y, None, queries.classes[label])
+        for column in range(columns):
+            neighbour = evaluation.neighbours[query, column]
+            frame = RIGHT if gallery.labels[neighbour] == label else WRONG
+            similarity = f"{evaluation.similarities[query, column]:.3f}"
+            tile(gallery, neighbour, first + column * (TILE + GAP), y, frame, similarity)
+    return picture
+
+
+def summary(result: dict) -> str:
+    """The figures that a person looks for first, as a few lines of text."""
+    dataset, model, timing = result["dataset"], result["model"], result["timing"]
+    counts = ", ".join(f"{count:,} {name}" for name, count in list(dataset["classes"].items())[:6])
+    lines = [
+        f"\n{result['approach']}: {model['backbone']}, weights {model['weights']}, {model['embedding_dim']} dimensions",
+        f"{dataset['name']}: {dataset['gallery']:,} photos in the gallery ({counts}), {dataset['queries']:,} queries, "
+        f"{len(dataset['skipped'])} skipped\n",
+        f"{'':22}{'value':>7}  {'95 % interval':^15}  {'raw pixels':>10}  {'chance':>7}",
+    ]
+    for name in (name for name in SUMMARY if name in result["metrics"]):
+        score = result["metrics"][name]
+        floors = [result["baselines"][floor].get(name) for floor in ("raw_pixels", "chance")]
+        pixels, chance = (f"{floor['value']:.3f}" if floor else "" for floor in floors)
+        interval = f"{score['low']:.3f} to {score['high']:.3f}"
+        lines.append(f"{name:22}{score['value']:7.3f}  {interval}  {pixels:>10}  {chance:>7}")
+    latency = timing["query_latency_ms"]
+    lines.append(
+        f"\n{timing['embed_photos_per_second']:,.0f} photos/s embedded, {timing['search_queries_per_second']:,.0f} "
+        f"queries/s searched,\n{latency['p50']:.1f} ms from a photo's bytes to its neighbours (p99 {latency['p99']:.1f}),"
+        f" {timing['total_seconds']:.0f} s in all"
+    )
+    return "\n".join(lines)
+
+
+def environment(device: torch.device, precision: torch.dtype) -> dict:
+    """Versions, machine and commit: what a number depends on beside the configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """The most memory that this process has held so far, in bytes; None where the system doesn't tell (Windows)."""
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:
+        held = None
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"peak_memory_bytes": held, "peak_device_memory_bytes": on_device}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this code, "-dirty" behind it if tracked files differ; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent
+        environ = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        answer = subprocess.run(
+            ("git", *arguments), cwd=folder, env=environ, capture_output=True, text=True, check=True
+        )
+        return answer.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
