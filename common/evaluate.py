@@ -54,8 +54,9 @@ def evaluate(embedder: Embedder, gallery: Photos, queries: Photos, seed: int, ca
     similarities, neighbours = knn.search(query_embeddings, min(max(KS), len(gallery)))
     search_seconds = time.perf_counter() - started
 
-    values = score_classes(knn, query_embeddings, neighbours, gallery.labels, queries.labels)
-    values |= score_instances(knn, embedder, gallery, seed, cache)
+    of_classes = score_classes(knn, query_embeddings, neighbours, gallery.labels, queries.labels)
+    of_instances = score_instances(knn, embedder, gallery, seed, cache)
+    scores = metrics.with_intervals(of_classes) | metrics.with_intervals(of_instances)
     timing = {
         **measure_throughput(embedder, gallery),
         "index_seconds": index_seconds,
@@ -66,7 +67,7 @@ def evaluate(embedder: Embedder, gallery: Photos, queries: Photos, seed: int, ca
         "chance": _floor(gallery, queries, *_random_vectors(len(gallery), len(queries), seed)),
         "raw_pixels": _floor(gallery, queries, _pixels(gallery), _pixels(queries)),
     }
-    return Evaluation(_summarise(values), baselines, timing, similarities, neighbours)
+    return Evaluation(scores, baselines, timing, similarities, neighbours)
 
 
 def score_classes(
@@ -192,7 +193,7 @@ def _floor(
     """The class metrics of vectors that any approach must beat."""
     knn = CosineKNN(gallery_vectors)
     neighbours = knn.search(query_vectors, min(max(KS), len(gallery)))[1]
-    return _summarise(score_classes(knn, query_vectors, neighbours, gallery.labels, queries.labels))
+    return metrics.with_intervals(score_classes(knn, query_vectors, neighbours, gallery.labels, queries.labels))
 
 
 def _random_vectors(gallery: int, queries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,7 +203,3 @@ def _random_vectors(gallery: int, queries: int, seed: int) -> tuple[np.ndarray, 
 
 def _pixels(photos: Photos) -> np.ndarray:
     return photos.thumbnails.reshape(len(photos), -1).astype(np.float32)
-
-
-def _summarise(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    return {name: metrics.mean_with_interval(one) for name, one in values.items()}

@@ -95,7 +95,7 @@ def _load_rows(file: Path | None, key: str, empty: np.ndarray) -> tuple[np.ndarr
     if file is None or not file.exists():
         return nothing
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return nothing
             contents, rows = stored["contents"], stored["rows"]

@@ -15,7 +15,7 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
         block = vectors[start : start + GALLERY_BLOCK].astype(np.float64)
         length = np.linalg.norm(block, axis=1, keepdims=True)
         if not np.isfinite(length).all():
-            raise ValueError("a vector holds a value that is not finite")
+            raise ValueError("a vector holds NaN or infinity")
         unit[start : start + GALLERY_BLOCK] = block / np.where(length > 0, length, 1)
     return unit
 

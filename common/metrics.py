@@ -60,12 +60,20 @@ def majority_vote(neighbour_labels: np.ndarray, k: int) -> np.ndarray:
     return np.take_along_axis(first, winner[:, None], axis=1)[:, 0]
 
 
-def mean_with_interval(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """The mean of float [Q] with its 95 % interval, by the percentile bootstrap over queries (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(values), size=(RESAMPLES, len(values)), dtype=np.int32)
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+def with_intervals(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, float]]:
+    """The mean of each float [Q] with its 95 % interval, by the percentile bootstrap over queries (Efron 1979).
+
+    All metrics see the same resamples, so {"precision@1", ...} of one call may be compared with each other.
+    """
+    table = np.stack(list(values.values()))  # [M, Q]
+    count = table.shape[1]
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)  # [RESAMPLES, Q]
+    low, high = np.percentile(table @ times.T / count, [2.5, 97.5], axis=1)
+    means = table.mean(axis=1)
+    return {
+        name: {"value": float(mean), "low": float(least), "high": float(most)}
+        for name, mean, least, most in zip(values, means, low, high, strict=True)
+    }
 
 
 def _first(array: np.ndarray, k: int) -> np.ndarray:

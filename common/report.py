@@ -73,7 +73,9 @@ def write_report(
         ]
         files[0].write_text(to_json(result), encoding="utf-8")
         files[1].write_text(neighbours_csv(gallery, queries, evaluation), encoding="utf-8", newline="")
-        draw_neighbours(title(result), gallery, queries, evaluation).save(files[2], "PNG")
+        first = evaluation.metrics["precision@1"]["value"]
+        subheading = f"{model['backbone']}, weights {model['weights']}  |  {gallery.name}  |  precision@1 {first:.3f}"
+        draw_neighbours(approach, subheading, gallery, queries, evaluation).save(files[2], "PNG")
     print(summary(result))
     print(f"\nwritten: {path} and, beside it, .neighbours.csv and .png")
     return path
@@ -104,27 +106,23 @@ def neighbours_csv(gallery: Photos, queries: Photos, evaluation: Evaluation) -> 
     return text.getvalue()
 
 
-def title(result: dict) -> str:
-    """One line: approach, network, data and the first figure."""
-    model, dataset, score = result["model"], result["dataset"], result["metrics"].get("precision@5")
-    tail = f"  -  precision@5 {score['value']:.3f}" if score else ""
-    return f"{result['approach']}  -  {model['backbone']}, weights {model['weights']}  -  {dataset['name']}{tail}"
-
-
-def draw_neighbours(heading: str, gallery: Photos, queries: Photos, evaluation: Evaluation) -> Image.Image:
+def draw_neighbours(
+    heading: str, subheading: str, gallery: Photos, queries: Photos, evaluation: Evaluation
+) -> Image.Image:
     """Some queries, evenly spread, each with its nearest photos: similarity under each, a frame for right or wrong."""
     rows = np.unique(np.linspace(0, len(queries) - 1, SHOWN_QUERIES).astype(int))
     columns = min(SHOWN_NEIGHBOURS, evaluation.neighbours.shape[1])
-    small, medium = ImageFont.load_default(14), ImageFont.load_default(17)
-    row_height, top = TILE + 34, MARGIN + 62
+    small, large = ImageFont.load_default(14), ImageFont.load_default(20)
+    row_height, top = TILE + 34, MARGIN + 84
     width = 2 * MARGIN + (1 + columns) * TILE + columns * GAP + 2 * GAP
-    width = max(width, 2 * MARGIN + round(medium.getlength(heading)))
+    width = max(width, 2 * MARGIN + round(small.getlength(subheading)))
     picture = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN - 6), heading, INK, medium)
-    draw.text((MARGIN, MARGIN + 32), "query", FAINT, small)
+    draw.text((MARGIN, MARGIN - 8), heading, INK, large)
+    draw.text((MARGIN, MARGIN + 20), subheading, FAINT, small)
+    draw.text((MARGIN, MARGIN + 56), "query", FAINT, small)
     first = MARGIN + TILE + 3 * GAP
-    draw.text((first, MARGIN + 32), "nearest photos, by cosine similarity", FAINT, small)
+    draw.text((first, MARGIN + 56), "nearest photos, by cosine similarity", FAINT, small)
 
     def tile(photos: Photos, index: int, x: int, y: int, frame: str | None, label: str) -> None:
         side = TILE - 2 * FRAME
