@@ -1,8 +1,8 @@
 """Approach 1: features of a pre-trained CNN, k nearest neighbours by cosine similarity. Nothing is trained.
 
 A network trained to tell the 1,000 classes of ImageNet apart has learned what things look like. Without its
-classifier, its last feature maps, averaged over the photo, place photos of similar things close to each other (Razavian
-et al. 2014, CNN Features off-the-shelf; Babenko et al. 2014, Neural Codes for Image Retrieval).
+classifier, its last feature maps, pooled over the photo, place photos of similar things close to each other (Razavian
+et al. 2014, CNN Features off-the-shelf; Radenovic et al. 2018 for the pooling).
 
     python cnn_feature_extraction.py
     python cnn_feature_extraction.py --data my_photos --backbone resnet50
@@ -39,6 +39,8 @@ class Config:
     backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     image_size: int = 0  # pixels, square; 0: what the weights were trained with
+    whole_photo: bool = True  # False cuts the edges off, as the transforms that come with the weights do
+    pooling: float = 3.0  # p of the generalised mean over the last feature maps, from 1 (the average) up
 
     # Computing
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is
@@ -58,7 +60,12 @@ def main(config: Config) -> Path:
 
     folder = locate_photos(config.data)
     network, preprocessing, weights = load_backbone(
-        config.backbone, config.weights, config.image_size, untrained_if_missing=is_drawn(folder)
+        config.backbone,
+        config.weights,
+        config.image_size,
+        config.pooling,
+        config.whole_photo,
+        untrained_if_missing=is_drawn(folder),
     )
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
 

@@ -22,9 +22,12 @@ from common.config import UserError
 TIMEOUT = 15.0  # seconds without an answer from the server of the weights
 
 
+AVERAGE_INSIDE = ("densenet", "mobilenet_v2", "mnasnet", "shufflenet")  # they pool within forward(), not in a child
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the weights were trained to see. Sizes in pixels; `mean` and `std` of RGB values in [0, 1]."""
+    """What the network is to see. Sizes in pixels; `mean` and `std` of RGB values in [0, 1]."""
 
     resize: int  # of the shorter side
     crop: int  # side of the square cut from the middle
@@ -33,8 +36,8 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def square(self, image: Image.Image) -> np.ndarray:
-        """uint8 [crop, crop, 3] from an RGB image: torchvision's Resize and CenterCrop to the bit, but what the crop
-        would throw away is not computed."""
+        """uint8 [crop, crop, 3] from an RGB image: torchvision's Resize and CenterCrop in one step, without computing
+        what the crop throws away."""
         width, height, shorter = image.width, image.height, min(image.size)
         wide, high = int(self.resize * width / shorter), int(self.resize * height / shorter)
         left, top = round((wide - self.crop) / 2), round((high - self.crop) / 2)
@@ -48,16 +51,33 @@ class Preprocessing:
         return torch.addcmul(-mean / std, squares.permute(0, 3, 1, 2), 1 / (255 * std))
 
 
-class GlobalAveragePool(nn.Module):
-    """[B, C, H, W] -> float32 [B, C]; what is pooled already stays. The mean is taken in float32 also where the
-    network computes in bfloat16, whose 8 bits would make different photos tie."""
+class GeneralisedMean(nn.Module):
+    """[B, C, H, W] -> float32 [B, C], (mean of x^p)^(1/p); what is pooled already stays (Radenovic et al. 2018,
+    Fine-tuning CNN Image Retrieval with No Human Annotation). p = 1 is the average; a larger p gives more weight to
+    where a feature is strongest. Negative values keep their sign. Computed in float32 also where the network computes
+    in bfloat16, whose 8 bits would make different photos tie."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        return features.float().mean((2, 3)) if features.ndim == 4 else features.float()
+        features = features.float()
+        if features.ndim != 4:
+            return features
+        if self.p == 1:
+            return features.mean((2, 3))
+        moment = (features.sign() * features.abs().pow(self.p)).mean((2, 3))
+        return moment.sign() * moment.abs().clamp(min=1e-12).pow(1 / self.p)  # the root's slope at 0 is infinite
 
 
 def load_backbone(
-    name: str, weights: str, image_size: int = 0, untrained_if_missing: bool = False
+    name: str,
+    weights: str,
+    image_size: int = 0,
+    pooling: float = 1.0,
+    whole_photo: bool = False,
+    untrained_if_missing: bool = False,
 ) -> tuple[nn.Module, Preprocessing, str]:
     """A classification network of torchvision without its head: it gives pooled last features, float32 [B, C].
 
@@ -65,6 +85,9 @@ def load_backbone(
         name: as torchvision calls it, such as "resnet18".
         weights: a name of torchvision ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none".
         image_size: pixels; 0 is what the weights were trained with.
+        pooling: the exponent of `GeneralisedMean` over the last feature maps, 1 or more.
+        whole_photo: resize the photo to what the network takes; else to a little more, and cut the edges off, as the
+            transforms that come with the weights do. Either way the middle square of a photo that isn't square.
         untrained_if_missing: where named weights can't be had, go on with random ones instead of raising.
 
     Returns:
@@ -77,6 +100,8 @@ def load_backbone(
     known = models.list_models(module=models)
     if name not in known:
         raise UserError(f"torchvision has no classification network {name!r}: choose one of {', '.join(known)}")
+    if not 1 <= pooling <= 100:
+        raise UserError(f"pooling is {pooling}: the exponent of the mean is from 1 (the average) to 100")
     choices = models.get_model_weights(name)
     if weights == "none":
         network, used = _untrained(name), "none (untrained)"
@@ -91,12 +116,10 @@ def load_backbone(
         )
     trained_with = choices[weights] if weights in choices.__members__ else choices.DEFAULT
     preset = trained_with.transforms()
-    crop, resize = preset.crop_size[0], preset.resize_size[0]
-    if image_size:
-        crop, resize = image_size, round(image_size * resize / crop)
+    crop = image_size or preset.crop_size[0]
+    resize = crop if whole_photo else round(crop * preset.resize_size[0] / preset.crop_size[0])
     preprocessing = Preprocessing(resize, crop, preset.interpolation, tuple(preset.mean), tuple(preset.std))
-    _cut_head(network)
-    network.eval()
+    network = _without_head(name, network, GeneralisedMean(pooling)).eval()
     try:
         with torch.inference_mode():
             network(torch.zeros(1, 3, crop, crop))
@@ -114,17 +137,20 @@ def weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _cut_head(network: nn.Module) -> None:
-    """Puts global average pooling in place of the classifier, the last child of every network of torchvision, and of
-    the pooling before it, which in some (vgg, alexnet) keeps a grid."""
-    head, _ = list(network.named_children())[-1]
-    setattr(network, head, GlobalAveragePool())
+def _without_head(name: str, network: nn.Module, pool: nn.Module) -> nn.Module:
+    """The network with `pool` in place of its classifier, the last child of every network of torchvision, and of the
+    pooling before it. A vision transformer, which has no maps, gives its class token."""
+    *trunk, (head, _) = network.named_children()
+    if name.startswith(AVERAGE_INSIDE):
+        return nn.Sequential(*(child for _, child in trunk), nn.ReLU(), pool)  # the ReLU is DenseNet's
+    setattr(network, head, pool)
     if hasattr(network, "avgpool"):
-        network.avgpool = GlobalAveragePool()
+        network.avgpool = pool
     if getattr(network, "aux_logits", False):  # the side classifiers of GoogLeNet and Inception, for training only
         network.aux_logits = False
-        for side in {"aux1", "aux2", "AuxLogits"} & dict(network.named_children()).keys():
+        for side in {"aux1", "aux2", "AuxLogits"} & dict(trunk).keys():
             setattr(network, side, None)
+    return network
 
 
 def _untrained(name: str) -> nn.Module:

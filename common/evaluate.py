@@ -109,7 +109,7 @@ def score_instances(
     Up to `INSTANCES` photos, chosen by a hash of content and seed. A byte-identical twin of the original counts as it.
     """
     keys = np.array(
-        [hashlib.sha256(f"disturbed 1, {seed} ".encode() + one).hexdigest() for one in gallery.contents.tolist()], "S64"
+        [hashlib.sha256(f"disturbed 2, {seed} ".encode() + one).hexdigest() for one in gallery.contents.tolist()], "S64"
     )
     chosen = np.argsort(keys, kind="stable")[:INSTANCES]
 
@@ -131,12 +131,12 @@ def score_instances(
 def disturb(image: Image.Image, rng: np.random.Generator) -> bytes:
     """The JPEG file of a photo as another user might have it: cropped, mirrored half the time, in another light.
 
-    The crop keeps the photo's proportions. The same generator state gives the same bytes.
+    The crop has the photo's proportions and is scaled back to its size. The same generator state gives the same bytes.
     """
     side = np.sqrt(rng.uniform(*CROP_AREA))
     width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
     left, top = (int(rng.integers(room + 1)) for room in (image.width - width, image.height - height))
-    image = image.crop((left, top, left + width, top + height))
+    image = image.resize(image.size, Image.Resampling.BILINEAR, (left, top, left + width, top + height))
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):

@@ -22,7 +22,7 @@ from common.config import UserError
 from common.files import cached_rows, parallel_map
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"}
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF")  # MPO: the JPEG of many phones
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 PIXEL_LIMIT = 120_000_000  # a photo of more pixels is skipped: it would take gigabytes to decode
 SKIPPED_LIMIT = 0.1  # a larger share of unreadable photos stops the run
 QUERY_SHARE = 0.1

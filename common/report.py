@@ -162,7 +162,7 @@ def summary(result: dict) -> str:
     latency = timing["query_latency_ms"]
     lines.append(
         f"\n{timing['embed_photos_per_second']:,.0f} photos/s embedded, {timing['search_queries_per_second']:,.0f} "
-        f"queries/s searched,\n{latency['p50']:.1f} ms from a photo's bytes to its neighbours (p99 {latency['p99']:.1f}),"
+        f"queries/s searched,\n{latency['p50']:.1f} ms from a photo to its neighbours (p99 {latency['p99']:.1f}),"
         f" {timing['total_seconds']:.0f} s in all"
     )
     return "\n".join(lines)

@@ -67,7 +67,10 @@ def test_help_has_the_comments(capsys):
 
 @pytest.mark.parametrize(
     ("raised", "code", "told"),
-    [(UserError("x.jpg is broken: remove it"), 2, "error: x.jpg is broken: remove it\n"), (KeyboardInterrupt(), 130, "stopped")],
+    [
+        (UserError("x.jpg is broken: remove it"), 2, "error: x.jpg is broken: remove it\n"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
 )
 def test_run_turns_mistakes_into_one_line(monkeypatch, capsys, raised, code, told):
     def main(config):

@@ -102,7 +102,11 @@ def test_downloads_and_unpacks(server, home):
 def test_a_break_in_the_middle_is_resumed(server, home):
     server.breaks, server.break_after = 2, 200_000
     folder = download.download(home, [server.address("/archive.zip")])
-    assert server.asked == [("/archive.zip", None), ("/archive.zip", "bytes=200000-"), ("/archive.zip", "bytes=400000-")]
+    assert server.asked == [
+        ("/archive.zip", None),
+        ("/archive.zip", "bytes=200000-"),
+        ("/archive.zip", "bytes=400000-"),
+    ]
     assert (folder / "PetImages/Dog/1.jpg").read_bytes() == PHOTO[::-1]
 
 
@@ -180,7 +184,10 @@ def linked() -> bytes:
 
 @pytest.mark.parametrize(
     "body",
-    [zipped({"Cat/1.jpg": b"x", name: b"x"}) for name in ("../../escaped.txt", "/escaped.txt", "a\\..\\..\\escaped.txt", "C:/e.txt")]
+    [
+        zipped({"Cat/1.jpg": b"x", name: b"x"})
+        for name in ("../../escaped.txt", "/escaped.txt", "a\\..\\..\\escaped.txt", "C:/e.txt")
+    ]
     + [linked()],
     ids=["dots", "root", "backslashes", "drive", "link"],
 )

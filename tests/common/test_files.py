@@ -186,6 +186,9 @@ def test_parallel_map_keeps_order_and_looks_ahead_only_so_far():
 
 
 def test_parallel_map_works_on_several_threads_and_passes_errors_on():
-    assert len(set(parallel_map(lambda _: (time.sleep(0.01), threading.get_ident())[1], range(20)))) > 1 or os.cpu_count() == 1
+    assert (
+        len(set(parallel_map(lambda _: (time.sleep(0.01), threading.get_ident())[1], range(20)))) > 1
+        or os.cpu_count() == 1
+    )
     with pytest.raises(ZeroDivisionError):
         list(parallel_map(lambda item: 1 / item, [1, 0]))

@@ -59,8 +59,10 @@ def test_majority_vote_and_its_ties():
     assert metrics.majority_vote(np.array([[1, 0, 0, 1]]), 4).tolist() == [1]
 
 
-relevances = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed)).map(
-    lambda rng: rng.random((1, int(rng.integers(1, 30)))) < rng.random()
+relevances = (
+    st.integers(0, 2**32 - 1)
+    .map(lambda seed: np.random.default_rng(seed))
+    .map(lambda rng: rng.random((1, int(rng.integers(1, 30)))) < rng.random())
 )
 
 

@@ -64,7 +64,13 @@ def test_class_from_where_a_photo_lies(tmp_path, path, name):
 
 
 def test_oxford_pets_have_cats_with_a_capital_letter(tmp_path):
-    folder = tree(tmp_path, "images/Maine_Coon_12.jpg", "images/Abyssinian_1.jpg", "images/english_setter_3.jpg", "images/pug_7.jpg")
+    folder = tree(
+        tmp_path,
+        "images/Maine_Coon_12.jpg",
+        "images/Abyssinian_1.jpg",
+        "images/english_setter_3.jpg",
+        "images/pug_7.jpg",
+    )
     assert Counter(classes_of(folder).values()) == {"cat": 2, "dog": 2}
     assert classes_of(folder)["images/pug_7.jpg"] == "dog"
 
@@ -89,7 +95,9 @@ def test_strays_have_no_class(tmp_path):
 
 
 def test_what_is_no_photo_is_left_alone(tmp_path):
-    folder = tree(tmp_path, "cat/1.jpg", ".cache/cat/2.jpg", "cat/._1.jpg", "__MACOSX/cat/1.jpg", "annotations/trimaps/1.png")
+    folder = tree(
+        tmp_path, "cat/1.jpg", ".cache/cat/2.jpg", "cat/._1.jpg", "__MACOSX/cat/1.jpg", "annotations/trimaps/1.png"
+    )
     (folder / "cat" / "Thumbs.db").write_bytes(b"x")
     assert list(classes_of(folder)) == ["cat/1.jpg"]
 
@@ -131,6 +139,11 @@ def test_formats(kind):
 )
 def test_modes_of_png(image, options, expected):
     assert decode_photo(encoded(image, **options)).getpixel((0, 0)) == expected
+
+
+def test_two_photos_in_one_file_as_many_phones_write_them():
+    data = encoded(RED, "MPO", save_all=True, append_images=[Image.new("RGB", (6, 4), (0, 0, 255))])
+    assert decode_photo(data).getpixel((0, 0))[0] > 240
 
 
 def test_cmyk_jpeg():
@@ -197,7 +210,9 @@ def test_what_cannot_be_read_says_why(name):
 
 
 def test_broken_files_are_skipped_and_listed(tmp_path):
-    folder = tree(tmp_path / "pets", *(f"PetImages/{name}/{number}.jpg" for name in ("Cat", "Dog") for number in range(30)))
+    folder = tree(
+        tmp_path / "pets", *(f"PetImages/{name}/{number}.jpg" for name in ("Cat", "Dog") for number in range(30))
+    )
     (folder / "PetImages" / "Cat" / "666.jpg").write_bytes(b"")
     (folder / "PetImages" / "Dog" / "11702.jpg").write_bytes(BROKEN["truncated"][0])
     (folder / "PetImages" / "Dog" / "666.jpg").write_bytes(b"")

@@ -12,7 +12,9 @@ def test_the_same_seed_draws_the_same_photos(tmp_path):
         draw_sample(tmp_path / name, DRAWN_MARK, count=6, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))
     )
     files = sorted(path.relative_to(first) for path in first.rglob("*.jpg"))
-    assert [path.as_posix() for path in files] == [f"{name}/{name}.000{number}.jpg" for name in ("cat", "dog") for number in range(3)]
+    assert [path.as_posix() for path in files] == [
+        f"{name}/{name}.000{number}.jpg" for name in ("cat", "dog") for number in range(3)
+    ]
     assert all((first / path).read_bytes() == (again / path).read_bytes() for path in files)
     assert all((first / path).read_bytes() != (other / path).read_bytes() for path in files)
     assert "6 photos, seed 3" in (first / DRAWN_MARK).read_text()
