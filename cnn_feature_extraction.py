@@ -68,8 +68,9 @@ def main(config: Config) -> Path:
         untrained_if_missing=is_drawn(folder),
     )
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
+    Path(config.results).mkdir(parents=True, exist_ok=True)  # what can't be written to is better known now
 
-    embedder = Embedder(network, preprocessing, device, config.batch_size, config.backbone)
+    embedder = Embedder(network, preprocessing, device, config.batch_size)
     evaluation = evaluate(embedder, gallery, queries, config.seed, cache)
 
     model = {"backbone": config.backbone, "weights": weights}

@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     plain_network.load_state_dict(network.state_dict())
     photos = load_photos(locate_photos(config.data), cache=None)
     photos = photos.subset(np.linspace(0, len(photos) - 1, min(config.photos, len(photos))).astype(int))
-    embedder = Embedder(network, preprocessing, device, 0, config.backbone)
+    embedder = Embedder(network, preprocessing, device, batch_size=0)
     paths = [photos.folder / path for path in photos.paths]
     transform = models.get_model_weights(config.backbone).DEFAULT.transforms()
     loader = DataLoader(PlainDataset(paths, transform), batch_size=64, num_workers=torch.get_num_threads())

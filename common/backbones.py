@@ -61,6 +61,10 @@ class GeneralisedMean(nn.Module):
         super().__init__()
         self.p = p
 
+    def extra_repr(self) -> str:
+        """`p`, which no parameter tells."""
+        return f"p={self.p}"
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:  # noqa: D102
         features = features.float()
         if features.ndim != 4:
@@ -128,9 +132,9 @@ def load_backbone(
     return network, preprocessing, used
 
 
-def weights_digest(network: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers: two networks of one kind with the same digest embed alike."""
-    digest = hashlib.sha256()
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's layers, parameters and buffers: networks with the same digest embed alike."""
+    digest = hashlib.sha256(repr(network).encode())
     for key, tensor in network.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -35,13 +35,19 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
 
 
 def run(main: Callable[[Any], Any], config_class: type, description: str) -> None:
-    """Runs `main(config)` as a program: exit code 2 and one sentence for a `UserError`, 130 for Ctrl-C."""
+    """Runs `main(config)` as a program: exit code 2 and one sentence for a `UserError` or a file that
+    can't be read or written, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):  # a photo's name may hold what the terminal's encoding can't show
         stream.reconfigure(errors="backslashreplace")
     try:
         main(parse_config(config_class, description))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: no result was written; what was embedded so far is kept for the next run", file=sys.stderr)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from common.backbones import Preprocessing, weights_digest
+from common.backbones import Preprocessing, network_digest
 from common.config import UserError
 from common.files import cached_rows, parallel_map
 from common.photos import Photos, UnreadablePhotoError, decode_photo
@@ -51,16 +51,12 @@ def choose_precision(device: torch.device) -> torch.dtype:
 
 @dataclass
 class Embedder:
-    """A network with all that it needs to embed a photo; puts the network on `device`, channels last.
-
-    `name` tells results of this network from those of another kind in the cache.
-    """
+    """A network with all that it needs to embed a photo; puts the network on `device`, channels last."""
 
     network: nn.Module  # float32 [B, 3, S, S] -> [B, D]
     preprocessing: Preprocessing
     device: torch.device
     batch_size: int  # photos; 0: 8 on a CPU, whose caches larger ones leave, else 256
-    name: str
 
     def __post_init__(self) -> None:
         on_cpu = self.device.type == "cpu"
@@ -68,7 +64,7 @@ class Embedder:
         self.precision = choose_precision(self.device)
         self.turn = nullcontext() if on_cpu else Lock()  # a device other than the CPU takes one batch at a time
         self.network = self.network.eval().to(self.device, memory_format=torch.channels_last)
-        self.digest = weights_digest(self.network)
+        self.digest = network_digest(self.network)
         self.dimension = self.embed_images([Image.new("RGB", (8, 8))]).shape[1]
 
     def embed_images(self, images: Iterable[Image.Image]) -> np.ndarray:
@@ -108,7 +104,7 @@ class Embedder:
             cache: a folder, or None.
             label: for the progress bar.
         """
-        key = f"embeddings 1, {self.name}, {self.digest}, {self.preprocessing}, {self.precision} on {self.device.type}"
+        key = f"embeddings 1, {self.digest}, {self.preprocessing}, {self.precision} on {self.device.type}"
         empty = np.empty((0, self.dimension), np.float32)
         return cached_rows(cache, key, contents, empty, lambda missing: self.stream(image_at, missing, label))[0]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -139,33 +139,37 @@ def find_photos(folder: Path) -> list[tuple[str, str | None]]:
     that the photo lies in. Hidden files and folders are left alone.
     """
     paths = sorted(_walk(folder))
-    parents = {PurePosixPath(path).parent for path in paths}
-    breeds = {match[1] for path in paths if (match := OXFORD_NAME.fullmatch(PurePosixPath(path).stem))}
+    split = [path.split("/") for path in paths]
+    stems = [name.rpartition(".")[0] for *_, name in split]
+    parents = {path.rpartition("/")[0] for path in paths}
+    breeds = {match[1] for stem in stems if (match := OXFORD_NAME.fullmatch(stem))}
     oxford = len(parents) == 1 and bool(breeds & OXFORD_CATS)
 
-    def by_name(path: PurePosixPath) -> str | None:
-        if match := KAGGLE_NAME.fullmatch(path.stem):
+    def by_name(stem: str) -> str | None:
+        if match := KAGGLE_NAME.fullmatch(stem):
             return match[1].lower()
-        if oxford and (match := OXFORD_NAME.fullmatch(path.stem)):
+        if oxford and (match := OXFORD_NAME.fullmatch(stem)):
             return "cat" if match[1][0].isupper() else "dog"
         return None
 
-    def by_folder(path: PurePosixPath) -> str | None:
-        named = [CAT_OR_DOG[part.lower()] for part in path.parts[:-1] if part.lower() in CAT_OR_DOG]
+    by_names = [by_name(stem) for stem in stems]
+    names_tell = any(by_names)  # then a photo whose name doesn't is of no class
+    flat = parents == {""}
+
+    def by_folders(folders: list[str]) -> str | None:
+        named = [CAT_OR_DOG[name.lower()] for name in folders if name.lower() in CAT_OR_DOG]
         return named[-1] if named else None
 
-    pure = [PurePosixPath(path) for path in paths]
-    named = [by_folder(path) or by_name(path) for path in pure]
-    names_tell = any(by_name(path) for path in pure)  # then a photo whose name doesn't is of no class
-    flat = parents == {PurePosixPath(".")}
-
-    def by_parent(path: PurePosixPath) -> str | None:
-        if names_tell or (path.parent == PurePosixPath(".") and not flat):
+    def by_parent(folders: list[str]) -> str | None:
+        if names_tell or not (folders or flat):
             return None
-        name = (path.parent.name or folder.resolve().name).lower()
+        name = (folders[-1] if folders else folder.resolve().name).lower()
         return CAT_OR_DOG.get(name, name)
 
-    return [(path, name or by_parent(one)) for path, one, name in zip(paths, pure, named, strict=True)]
+    return [
+        (path, by_folders(folders) or name or by_parent(folders))
+        for path, (*folders, _), name in zip(paths, split, by_names, strict=True)
+    ]
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -177,9 +181,11 @@ def _walk(folder: Path) -> Iterator[str]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NO_PHOTOS_IN)
+        inside = Path(place).relative_to(folder).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(place, name).relative_to(folder).as_posix()
+                yield prefix + name
 
 
 def locate_photos(data: str, home: Path = Path("data")) -> Path:
@@ -198,7 +204,13 @@ def locate_photos(data: str, home: Path = Path("data")) -> Path:
     if data == "sample":
         folder = home / ".cache" / f"sample-{sample.VERSION}"
         return folder if folder.is_dir() else sample.draw_sample(folder, DRAWN_MARK)
-    return Path(data)
+    return _existing(Path(data))
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: name one that holds photos, or leave the option out")
+    return folder
 
 
 def is_drawn(folder: Path) -> bool:
@@ -212,9 +224,7 @@ def load_photos(folder: Path, cache: Path | None) -> Photos:
     Thumbnails are kept in `cache` for the next run; hashes are always taken anew. Raises `UserError` if there is no
     such folder, no photo, or more than `SKIPPED_LIMIT` of the files can't be used.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: name one that holds photos, or leave the option out")
-    found = find_photos(folder)
+    found = find_photos(_existing(folder))
     if not found:
         raise UserError(f"{folder} holds no photo ({', '.join(sorted(SUFFIXES))}): put some there, a folder per class")
 
@@ -227,7 +237,9 @@ def load_photos(folder: Path, cache: Path | None) -> Photos:
 
     why = {path: "no class: neither its folder nor its name tells one" for path, name in found if not name}
     classes = {path: name for path, name in found if name}
-    hashes = tqdm(parallel_map(content, classes), "reading photos", len(classes), unit=" photos", leave=False)
+    hashes = tqdm(
+        parallel_map(content, classes, at_once=32), "reading photos", len(classes), unit=" photos", leave=False
+    )
     contents = dict(zip(classes, hashes, strict=True))
     paths = [path for path in classes if path not in why]
     keys = np.array([contents[path] for path in paths], "S64")
@@ -267,7 +279,7 @@ def _thumbnails(
             return str(error)
 
     def compute(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        results = tqdm(parallel_map(thumbnail, indices), "checking photos", len(indices), unit=" photos")
+        results = tqdm(parallel_map(thumbnail, indices, at_once=32), "checking photos", len(indices), unit=" photos")
         for index, result in zip(indices, results, strict=True):
             if isinstance(result, str):
                 reasons[contents[index]] = result
@@ -335,26 +347,27 @@ def _rank(seed: int, purpose: str, content: bytes) -> str:
     return hashlib.sha256(f"{seed} {purpose} ".encode() + content).hexdigest()
 
 
-def describe(gallery: Photos, queries: Photos) -> dict:
-    """The `dataset` part of a result file: what was searched, what asked, what was left out.
-
-    `fingerprint` is a SHA-256 over contents and classes of all photos: equal for the same photos under other names.
-    """
-    sides = (gallery, queries)
+def fingerprint(*sides: Photos) -> str:
+    """SHA-256 over contents and classes of all photos of `sides`: the same for the same photos under other names."""
     entries = sorted(
         side.classes[label].encode() + content
         for side in sides
         for label, content in zip(side.labels, side.contents.tolist(), strict=True)
     )
-    skipped = {(str(side.folder), entry["path"]): entry for side in sides for entry in side.skipped}
-    count = len(entries)
+    return hashlib.sha256(b"\n".join(entries)).hexdigest()
+
+
+def describe(gallery: Photos, queries: Photos) -> dict:
+    """The `dataset` part of a result file: what was searched, what asked, what was left out."""
+    contents = np.concatenate([gallery.contents, queries.contents])
+    skipped = {(str(side.folder), entry["path"]): entry for side in (gallery, queries) for entry in side.skipped}
     return {
         "name": gallery.name,
         "folder": gallery.folder.as_posix(),
-        "fingerprint": hashlib.sha256(b"\n".join(entries)).hexdigest(),
+        "fingerprint": fingerprint(gallery, queries),
         "classes": {name: int((gallery.labels == label).sum()) for label, name in enumerate(gallery.classes)},
         "gallery": len(gallery),
         "queries": len(queries),
         "skipped": list(skipped.values()),
-        "duplicates": count - len({content for side in sides for content in side.contents.tolist()}),
+        "duplicates": len(contents) - len(np.unique(contents)),
     }

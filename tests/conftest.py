@@ -28,7 +28,7 @@ def embedder() -> Embedder:
     """An untrained squeezenet1_1 at 64 pixels."""
     torch.manual_seed(0)
     network, preprocessing, _ = load_backbone("squeezenet1_1", "none", image_size=64)
-    return Embedder(network, preprocessing, torch.device("cpu"), 16, "squeezenet1_1")
+    return Embedder(network, preprocessing, torch.device("cpu"), 16)
 
 
 @pytest.fixture

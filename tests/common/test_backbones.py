@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision import models
 
-from common.backbones import GeneralisedMean, load_backbone, weights_digest
+from common.backbones import GeneralisedMean, load_backbone, network_digest
 from common.config import UserError
 
 FAMILIES = {  # a small one of each, and the channels of its last feature maps
@@ -266,7 +266,7 @@ def test_weights_put_into_the_cache_by_hand(cache, saved):
     (cache / name).write_bytes(saved.read_bytes())
     network, _, used = load_backbone("squeezenet1_1", "DEFAULT")
     assert used == "IMAGENET1K_V1"
-    assert weights_digest(network) == weights_digest(load_backbone("squeezenet1_1", str(saved))[0])
+    assert network_digest(network) == network_digest(load_backbone("squeezenet1_1", str(saved))[0])
 
 
 def test_a_damaged_file_in_the_cache_is_named(cache):
@@ -295,7 +295,10 @@ def test_going_on_untrained_is_said_loudly(unreachable, capsys):
     assert "UNTRAINED WEIGHTS" in capsys.readouterr().out
 
 
-def test_digest_tells_weights_apart():
+def test_digest_tells_networks_apart():
     torch.manual_seed(0)
     one, other = (load_backbone("squeezenet1_1", "none")[0] for _ in range(2))
-    assert weights_digest(one) == weights_digest(one) != weights_digest(other)
+    assert network_digest(one) == network_digest(one) != network_digest(other)
+    pooled = load_backbone("squeezenet1_1", "none", pooling=3.0)[0]
+    pooled.load_state_dict(one.state_dict())
+    assert network_digest(pooled) != network_digest(one)

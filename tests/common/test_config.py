@@ -86,6 +86,14 @@ def test_run_turns_mistakes_into_one_line(monkeypatch, capsys, raised, code, tol
     assert error.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_written_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(lambda _: (tmp_path / "no" / "x").write_text(""), Config, "")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no' / 'x'}: No such file or directory\n"
+
+
 def test_a_bug_stays_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(ZeroDivisionError):

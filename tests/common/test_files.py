@@ -183,6 +183,8 @@ def test_parallel_map_keeps_order_and_looks_ahead_only_so_far():
     assert [next(results) for _ in range(3)] == [0, -1, -2]
     assert len(taken) <= 3 + 4 + 1
     assert list(results) == [-item for item in range(3, 50)]
+    assert list(parallel_map(slow_if_even, range(10), at_once=4)) == [-item for item in range(10)]
+    assert list(parallel_map(slow_if_even, [])) == []
 
 
 def test_parallel_map_works_on_several_threads_and_passes_errors_on():

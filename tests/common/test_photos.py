@@ -375,4 +375,6 @@ def test_auto_draws_loudly_if_there_is_nothing_else(tmp_path, monkeypatch, capsy
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path):
-    assert locate_photos(str(tmp_path / "x")) == tmp_path / "x"
+    assert locate_photos(str(tmp_path)) == tmp_path
+    with pytest.raises(UserError, match="x is not a folder"):
+        locate_photos(str(tmp_path / "x"))
