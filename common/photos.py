@@ -254,7 +254,7 @@ def load_photos(folder: Path, cache: Path | None) -> Photos:
     names = sorted({classes[path] for path in paths})
     return Photos(
         folder=folder,
-        name=f"drawn sample {sample.VERSION}" if is_drawn(folder) else folder.resolve().name,
+        name=f"drawn sample {sample.VERSION}" if is_drawn(folder) else folder.name or folder.resolve().name,
         paths=paths,
         labels=np.searchsorted(names, [classes[path] for path in paths]),
         classes=names,
