@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.backbones import Preprocessing, network_digest
 from common.config import UserError
 from common.files import cached_rows, parallel_map
-from common.photos import Photos, UnreadablePhotoError, decode_photo
+from common.photos import Photos, decode_photo
 
 ImageAt = Callable[[int], Image.Image]  # an index -> its RGB image
 
@@ -114,8 +114,5 @@ class Embedder:
 
 
 def image_of(photos: Photos, index: int) -> Image.Image:
-    """The RGB image of one of `photos`; raises `UserError` if its file has changed for the worse since it was found."""
-    try:
-        return decode_photo(photos.read(index))
-    except UnreadablePhotoError as error:
-        raise UserError(f"{photos.folder / photos.paths[index]} changed while it was in use: {error}") from error
+    """The RGB image of one of `photos`; raises `UserError` if its file has changed since it was found."""
+    return decode_photo(photos.read(index))

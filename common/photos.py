@@ -74,11 +74,15 @@ class Photos:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        """The file's bytes; UserError if it has gone since it was found."""
+        """The file's bytes; UserError if they are others than when it was found."""
+        path = self.folder / self.paths[index]
         try:
-            return (self.folder / self.paths[index]).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.folder / self.paths[index]} can't be read any more ({error.strerror})") from error
+            raise UserError(f"{path} can't be read any more ({error.strerror}): run again without it") from error
+        if hashlib.sha256(data).hexdigest().encode() != self.contents[index]:
+            raise UserError(f"{path} changed while it was in use: run again")
+        return data
 
     def subset(self, indices: np.ndarray) -> "Photos":
         """The photos at `indices` (int [M]); skipped files stay with the whole."""

@@ -34,6 +34,17 @@ def test_the_reference_run_is_what_the_readme_says():
     assert f"embeddings, {benchmark['ratios']['plain_loop']['median']:.1f} times as fast" in README
 
 
+def test_the_validation_runs_are_what_the_readme_says():
+    for name, sentence in (
+        ("cnn_feature_extraction.json", "precision@5 of {} and an instance_hit_rate@1 of {};"),
+        ("cnn_feature_extraction.average.json", "had {} and {}."),
+    ):
+        result = json.loads((ROOT / "results" / "reference" / "validation" / name).read_text(encoding="utf-8"))
+        assert result["config"]["split"] == "validation"
+        scores = (f"{result['metrics'][metric]['value']:.3f}" for metric in ("precision@5", "instance_hit_rate@1"))
+        assert sentence.format(*scores) in " ".join(README.split())
+
+
 def test_files_and_flags_that_are_named_exist(run_script):
     assert all((ROOT / name).exists() for name in re.findall(r"\]\(([^)#:]+)\)", README))
     told = run_script("cnn_feature_extraction.py", "--help").stdout
