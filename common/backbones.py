@@ -171,7 +171,10 @@ def _named(name: str, choice: models.WeightsEnum, untrained_if_missing: bool) ->
     except (urllib.error.URLError, OSError) as error:
         if untrained_if_missing:
             reason = getattr(error, "reason", error)
-            print(f"UNTRAINED WEIGHTS: {choice.url} can't be reached ({reason}). {name} starts from random weights.\n")
+            print(
+                f"UNTRAINED WEIGHTS: {choice.url} can't be reached ({reason}). {name} starts from random weights.\n",
+                flush=True,
+            )
             return _untrained(name), "none (untrained)"
         raise UserError(
             f"the weights {choice.name} of {name} can't be downloaded ({getattr(error, 'reason', error)}): fetch "

@@ -203,7 +203,10 @@ def locate_photos(data: str, home: Path = Path("data")) -> Path:
         try:
             return download.download(home)
         except UserError as error:
-            print(f"NO REAL PHOTOS: {error}\nGoing on with drawn photos: what follows says nothing about real ones.\n")
+            print(
+                f"NO REAL PHOTOS: {error}\nGoing on with drawn photos: what follows says nothing about real ones.\n",
+                flush=True,
+            )
             data = "sample"
     if data == "sample":
         folder = home / ".cache" / f"sample-{sample.VERSION}"
