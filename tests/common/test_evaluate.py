@@ -60,7 +60,7 @@ def test_disturbing_is_deterministic_and_as_the_protocol_says():
     image = Image.fromarray(ramp)
     first, again, other = (disturb(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first == again != other
-    spans, mirrored = [], []
+    mirrored = []
     for seed in range(200):
         copy = Image.open(BytesIO(disturb(image, np.random.default_rng(seed))))
         assert (copy.format, copy.size) == ("JPEG", (200, 100))
@@ -71,7 +71,6 @@ def test_disturbing_is_deterministic_and_as_the_protocol_says():
     reference = BytesIO()
     image.save(reference, "JPEG", quality=50)
     assert tables == Image.open(reference).quantization
-    del spans
 
 
 def test_crops_are_35_to_80_percent_of_the_area(monkeypatch):
