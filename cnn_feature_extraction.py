@@ -40,7 +40,7 @@ class Config:
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     image_size: int = 0  # pixels, square; 0: what the weights were trained with
     whole_photo: bool = True  # False cuts the edges off, as the transforms that come with the weights do
-    pooling: float = 3.0  # p of the generalised mean over the last feature maps, from 1 (the average) up
+    pooling: float = 3.0  # p of the generalised mean over the last feature maps, from 1 (the average) to 6
 
     # Computing
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is

@@ -89,7 +89,7 @@ def load_backbone(
         name: as torchvision calls it, such as "resnet18".
         weights: a name of torchvision ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none".
         image_size: pixels; 0 is what the weights were trained with.
-        pooling: the exponent of `GeneralisedMean` over the last feature maps, 1 or more.
+        pooling: the exponent of `GeneralisedMean` over the last feature maps, 1 to 6.
         whole_photo: resize the photo to what the network takes; else to a little more, and cut the edges off, as the
             transforms that come with the weights do. Either way the middle square of a photo that isn't square.
         untrained_if_missing: where named weights can't be had, go on with random ones instead of raising.
@@ -104,8 +104,8 @@ def load_backbone(
     known = models.list_models(module=models)
     if name not in known:
         raise UserError(f"torchvision has no classification network {name!r}: choose one of {', '.join(known)}")
-    if not 1 <= pooling <= 100:
-        raise UserError(f"pooling is {pooling}: the exponent of the mean is from 1 (the average) to 100")
+    if not 1 <= pooling <= 6:  # beyond, the powers leave the range of float32
+        raise UserError(f"pooling is {pooling}: the exponent of the mean is from 1 (the average) to 6")
     choices = models.get_model_weights(name)
     if weights == "none":
         network, used = _untrained(name), "none (untrained)"
@@ -127,7 +127,7 @@ def load_backbone(
     try:
         with torch.inference_mode():
             network(torch.zeros(1, 3, crop, crop))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise UserError(f"{name} can't take photos of {crop} x {crop} pixels ({error}): change image_size") from error
     return network, preprocessing, used
 

@@ -45,9 +45,9 @@ def run(main: Callable[[Any], Any], config_class: type, description: str) -> Non
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print("error: " + (f"{error.filename}: " if error.filename else "") + str(error.strerror), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: no result was written; what was embedded so far is kept for the next run", file=sys.stderr)
@@ -67,8 +67,8 @@ def _parsing(kind: Any) -> dict[str, Any]:
 
 def _whole_number(text: str) -> int:
     """Seeds, sizes and counts alike: none of the hyperparameters that are whole numbers is ever negative."""
-    if not re.fullmatch(r"\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up, of at most 18 digits")
     return int(text)
 
 

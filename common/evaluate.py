@@ -134,6 +134,8 @@ def disturb(image: Image.Image, rng: np.random.Generator) -> bytes:
 
     The crop has the photo's proportions and is scaled back to its size. The same generator state gives the same bytes.
     """
+    image = image.copy()
+    image.thumbnail((65_500, 65_500))  # JPEG's own limit; smaller photos stay as they are
     side = np.sqrt(rng.uniform(*CROP_AREA))
     width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
     left, top = (int(rng.integers(room + 1)) for room in (image.width - width, image.height - height))

@@ -157,12 +157,14 @@ def find_photos(folder: Path) -> list[tuple[str, str | None]]:
         return None
 
     by_names = [by_name(stem) for stem in stems]
-    names_tell = any(by_names)  # then a photo whose name doesn't is of no class
     flat = parents == {""}
 
     def by_folders(folders: list[str]) -> str | None:
         named = [CAT_OR_DOG[name.lower()] for name in folders if name.lower() in CAT_OR_DOG]
         return named[-1] if named else None
+
+    # Where names tell what folders don't, a photo whose name doesn't is of no class.
+    names_tell = any(name and not by_folders(folders) for (*folders, _), name in zip(split, by_names, strict=True))
 
     def by_parent(folders: list[str]) -> str | None:
         if names_tell or not (folders or flat):
@@ -336,9 +338,10 @@ def split_photos(photos: Photos, seed: int, purpose: str) -> tuple[Photos, Photo
     byte-identical photos stay together, file names and order don't matter, and when photos are added the others keep
     their side, but for the few next to the cut. A class of one content stays in the gallery whole.
     """
-    side: dict[bytes, bool] = {}  # content -> is a query
-    for label in range(len(photos.classes)):
-        copies = Counter(photos.contents[photos.labels == label].tolist())
+    counts = [Counter(photos.contents[photos.labels == label].tolist()) for label in range(len(photos.classes))]
+    # content -> is a query; the only content of a class stays, even if another class has a copy of it
+    side = {content: False for copies in counts if len(copies) == 1 for content in copies}
+    for copies in counts:
         quota = max(1, round(QUERY_SHARE * copies.total())) if len(copies) > 1 else 0
         quota -= sum(count for content, count in copies.items() if side.get(content, False))
         for content in sorted(copies.keys() - side.keys(), key=partial(_rank, seed, purpose)):
@@ -347,6 +350,9 @@ def split_photos(photos: Photos, seed: int, purpose: str) -> tuple[Photos, Photo
     asks = np.array([side[content] for content in photos.contents.tolist()])
     if not asks.any():
         raise UserError(f"{photos.folder} has too few photos to cut queries from: at least two of a class are needed")
+    if lost := set(photos.labels[asks].tolist()) - set(photos.labels[~asks].tolist()):
+        names = ", ".join(photos.classes[label] for label in sorted(lost))
+        raise UserError(f"{photos.folder} has too few photos of {names} that no other class has: add some")
     return photos.subset(np.flatnonzero(~asks)), photos.subset(np.flatnonzero(asks))
 
 
@@ -357,7 +363,7 @@ def _rank(seed: int, purpose: str, content: bytes) -> str:
 def fingerprint(*sides: Photos) -> str:
     """SHA-256 over contents and classes of all photos of `sides`: the same for the same photos under other names."""
     entries = sorted(
-        side.classes[label].encode() + content
+        side.classes[label].encode(errors="surrogateescape") + content
         for side in sides
         for label, content in zip(side.labels, side.contents.tolist(), strict=True)
     )

@@ -71,8 +71,10 @@ def write_report(
             stack.enter_context(written_whole(path.with_suffix(suffix)))
             for suffix in (".json", ".neighbours.csv", ".png")
         ]
-        files[0].write_text(to_json(result), encoding="utf-8")
-        files[1].write_text(neighbours_csv(gallery, queries, evaluation), encoding="utf-8", newline="")
+        files[0].write_text(to_json(result), encoding="utf-8", errors="backslashreplace")
+        files[1].write_text(
+            neighbours_csv(gallery, queries, evaluation), encoding="utf-8", errors="backslashreplace", newline=""
+        )
         first = evaluation.metrics["precision@1"]["value"]
         subheading = f"{model['backbone']}, weights {model['weights']}  |  {gallery.name}  |  precision@1 {first:.3f}"
         draw_neighbours(approach, subheading, gallery, queries, evaluation).save(files[2], "PNG")
@@ -89,7 +91,7 @@ def to_json(result: dict) -> str:
 def write_json(path: Path, result: dict) -> Path:
     """Writes `result` to `path`, whole or not at all; returns `path`."""
     with written_whole(path) as temporary:
-        temporary.write_text(to_json(result), encoding="utf-8")
+        temporary.write_text(to_json(result), encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -92,7 +92,7 @@ def test_pooling_is_exact_in_bfloat16():
     assert torch.equal(GeneralisedMean(1)(maps), maps.float().mean((2, 3)))
 
 
-@pytest.mark.parametrize("p", [0.5, float("nan"), 1e9])
+@pytest.mark.parametrize("p", [0.5, float("nan"), 7])
 def test_exponents_out_of_range_are_refused(p):
     with pytest.raises(UserError, match="from 1"):
         load_backbone("squeezenet1_1", "none", pooling=p)

@@ -84,6 +84,11 @@ def test_a_folder_per_breed_is_a_class_per_breed(tmp_path):
     assert set(classes_of(folder).values()) == {"bengal", "pug"}
 
 
+def test_names_do_not_take_the_class_from_other_folders(tmp_path):
+    folder = tree(tmp_path, *(f"{name}/{name}_0001.jpg" for name in ("car", "cat", "dog", "horse")))
+    assert set(classes_of(folder).values()) == {"car", "cat", "dog", "horse"}
+
+
 def test_photos_lying_directly_in_the_folder_are_of_its_class(tmp_path):
     assert classes_of(tree(tmp_path / "Dogs", "1.jpg")) == {"1.jpg": "dog"}
 
@@ -302,6 +307,18 @@ def test_copies_stay_on_one_side(tmp_path):
     assert set(queries.labels) == {0, 1}
     assert 12 <= len(queries) <= 22
     assert describe(gallery, queries)["duplicates"] == 2 * 20 * 3 + 1 - 20 + 20
+
+
+def test_a_class_of_one_content_keeps_it(tmp_path):
+    folder = tree(tmp_path, *(f"a/{number}.png" for number in range(4)))
+    (folder / "b").mkdir()
+    for copy in "xy":
+        (folder / "b" / f"{copy}.png").write_bytes((folder / "a" / "1.png").read_bytes())
+    loaded = load_photos(folder, None)
+    for seed in range(20):
+        gallery, queries = split_photos(loaded, seed, "test")
+        assert gallery.labels.tolist().count(1) == 2
+        assert queries.labels.tolist() == [0]
 
 
 def test_validation_is_cut_from_the_gallery(tmp_path):
