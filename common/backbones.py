@@ -1,5 +1,6 @@
 """Pre-trained networks of torchvision, cut down to what an embedding needs."""
 
+import dataclasses
 import hashlib
 import pickle
 import re
@@ -45,8 +46,12 @@ class Preprocessing:
         box = (left * across, top * down, (left + self.crop) * across, (top + self.crop) * down)
         return np.array(image.resize((self.crop, self.crop), Image.Resampling[self.interpolation.name], box))
 
+    def plain(self) -> dict:
+        """Its fields as plain values, for a file; `Preprocessing.from_plain` reads them back."""
+        return {**dataclasses.asdict(self), "interpolation": self.interpolation.name}
+
     def normalise(self, squares: torch.Tensor) -> torch.Tensor:
-        """float32 [B, 3, crop, crop] from uint8 [B, crop, crop, 3]; laid out channels last, as it comes."""
+        """float32 [B, 3, crop, crop] from RGB values in [0, 255], [B, crop, crop, 3]; laid out as it comes."""
         mean, std = (torch.tensor(each, device=squares.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
         return torch.addcmul(-mean / std, squares.permute(0, 3, 1, 2), 1 / (255 * std))
 

@@ -49,6 +49,12 @@ def choose_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if amx else torch.float32
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """A context in which `device` computes its convolutions and products in the type that it is fastest in."""
+    precision = choose_precision(device)
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 @dataclass
 class Embedder:
     """A network with all that it needs to embed a photo; puts the network on `device`, channels last."""
@@ -56,7 +62,7 @@ class Embedder:
     network: nn.Module  # float32 [B, 3, S, S] -> [B, D]
     preprocessing: Preprocessing
     device: torch.device
-    batch_size: int  # photos; 0: 8 on a CPU, whose caches larger ones leave, else 256
+    batch_size: int = 0  # photos; 0: 8 on a CPU, whose caches larger ones leave, else 256
 
     def __post_init__(self) -> None:
         on_cpu = self.device.type == "cpu"
@@ -70,8 +76,7 @@ class Embedder:
     def embed_images(self, images: Iterable[Image.Image]) -> np.ndarray:
         """float32 [B, D], L2-normalised, of B RGB images: one batch, on this thread."""
         squares = torch.from_numpy(np.stack([self.preprocessing.square(image) for image in images]))
-        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
-        with self.turn, torch.inference_mode(), autocast:
+        with self.turn, torch.inference_mode(), autocast(self.device):
             features = self.network(self.preprocessing.normalise(squares.to(self.device))).float()
             return functional.normalize(features).cpu().numpy()
 

@@ -26,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 PIXEL_LIMIT = 120_000_000  # a photo of more pixels is skipped: it would take gigabytes to decode
 SKIPPED_LIMIT = 0.1  # a larger share of unreadable photos stops the run
 QUERY_SHARE = 0.1
+HELD_OUT = 500  # photos
 THUMBNAIL_SIDE = 32  # pixels
 DRAWN_MARK = "DRAWN.txt"  # lies in a folder of drawn photos, so that they never pass for real ones
 
@@ -354,6 +355,17 @@ def split_photos(photos: Photos, seed: int, purpose: str) -> tuple[Photos, Photo
         names = ", ".join(photos.classes[label] for label in sorted(lost))
         raise UserError(f"{photos.folder} has too few photos of {names} that no other class has: add some")
     return photos.subset(np.flatnonzero(~asks)), photos.subset(np.flatnonzero(asks))
+
+
+def hold_out(gallery: Photos, seed: int) -> tuple[Photos, Photos]:
+    """The gallery to train on, and up to `HELD_OUT` photos of it that training is not to see: (training, validation).
+
+    For choices that seen photos would mislead. They are a part of what `--split validation` asks with, and copies of
+    them aren't trained on either.
+    """
+    _, validation = split_photos(gallery, seed, "validation")
+    validation = validation.subset(np.linspace(0, len(validation) - 1, min(HELD_OUT, len(validation))).astype(int))
+    return gallery.subset(np.flatnonzero(~np.isin(gallery.contents, validation.contents))), validation
 
 
 def _rank(seed: int, purpose: str, content: bytes) -> str:

@@ -43,11 +43,15 @@ def write_report(
     model: dict,
     evaluation: Evaluation,
     total_seconds: float,
+    learned: dict | None = None,
+    pictures: dict[str, Image.Image] | None = None,
 ) -> Path:
     """Writes `<approach>.json`, `.neighbours.csv` and `.png` into `config.results`, each whole; prints a summary.
 
-    `model` holds "backbone" and "weights"; the rest of a result file's fields come from the other arguments.
+    `model` holds "backbone" and "weights"; `learned` what an approach that trains adds to the result file, "history" for
+    one; `pictures` are written as `<approach>.<name>.png`. The rest comes from the other arguments.
     """
+    learned, pictures = {"history": [], **(learned or {})}, pictures or {}
     result = {
         "schema": SCHEMA,
         "approach": approach,
@@ -61,16 +65,19 @@ def write_report(
         },
         "metrics": evaluation.metrics,
         "baselines": evaluation.baselines,
-        "timing": {**evaluation.timing, "total_seconds": total_seconds, **peak_memory(embedder.device)},
-        "history": [],
+        "timing": {
+            "train_seconds": sum(epoch["seconds"] for epoch in learned["history"]),
+            **evaluation.timing,
+            "total_seconds": total_seconds,
+            **peak_memory(embedder.device),
+        },
+        **learned,
         "environment": environment(embedder.device, embedder.precision),
     }
     path = Path(config.results) / f"{approach}.json"
     with ExitStack() as stack:  # renamed together at the end, the result file last
-        files = [
-            stack.enter_context(written_whole(path.with_suffix(suffix)))
-            for suffix in (".json", ".neighbours.csv", ".png")
-        ]
+        suffixes = (".json", ".neighbours.csv", ".png", *(f".{name}.png" for name in pictures))
+        files = [stack.enter_context(written_whole(path.with_suffix(suffix))) for suffix in suffixes]
         files[0].write_text(to_json(result), encoding="utf-8", errors="backslashreplace")
         files[1].write_text(
             neighbours_csv(gallery, queries, evaluation), encoding="utf-8", errors="backslashreplace", newline=""
@@ -78,6 +85,8 @@ def write_report(
         first = evaluation.metrics["precision@1"]["value"]
         subheading = f"{model['backbone']}, weights {model['weights']}  |  {gallery.name}  |  precision@1 {first:.3f}"
         draw_neighbours(approach, subheading, gallery, queries, evaluation).save(files[2], "PNG")
+        for file, picture in zip(files[3:], pictures.values(), strict=True):
+            picture.save(file, "PNG")
     print(summary(result))
     print(f"\nwritten: {path} and, beside it, .neighbours.csv and .png")
     return path
