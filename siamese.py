@@ -12,6 +12,7 @@ Measured on 18,000 photos of cats and dogs with 2,000 queries: see the README's 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -166,7 +167,7 @@ def main(config: Config) -> Path:
     model = {"backbone": config.backbone, "weights": weights}
     labels = torch.from_numpy(training.labels).to(device)
 
-    def loss_of(forward, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
+    def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
         views = 2 if config.view_weight else 1
         images = torch.cat([random_views(squares, config.least_area) for _ in range(views)])
         embeddings = functional.normalize(forward(preprocessing.normalise(images)).float())

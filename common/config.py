@@ -50,7 +50,11 @@ def run(main: Callable[[Any], Any], config_class: type, description: str) -> Non
         print("error: " + (f"{error.filename}: " if error.filename else "") + str(error.strerror), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: no result was written; what was embedded so far is kept for the next run", file=sys.stderr)
+        print(
+            "stopped: no result was written; what was embedded so far is kept for the next run, and --resume goes on "
+            "after the last whole epoch",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

@@ -48,8 +48,8 @@ def write_report(
 ) -> Path:
     """Writes `<approach>.json`, `.neighbours.csv` and `.png` into `config.results`, each whole; prints a summary.
 
-    `model` holds "backbone" and "weights"; `learned` what an approach that trains adds to the result file, "history" for
-    one; `pictures` are written as `<approach>.<name>.png`. The rest comes from the other arguments.
+    `model` holds "backbone" and "weights"; `learned` what an approach that trains adds to the result file, such as
+    "history"; `pictures` are written as `<approach>.<name>.png`. The rest comes from the other arguments.
     """
     learned, pictures = {"history": [], **(learned or {})}, pictures or {}
     result = {

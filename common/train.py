@@ -41,8 +41,8 @@ def train(
 ) -> list[dict]:
     """Trains `network` in place, on the device it is on, with AdamW.
 
-    After every epoch `<config.results>/<approach>.pt` holds the network, what the next epoch needs, and what it takes to
-    embed a photo. With `config.resume` a run goes on from there, to the very result of one that was never stopped.
+    After every epoch `<config.results>/<approach>.pt` holds the network, what the next epoch needs, and what it takes
+    to embed a photo. With `config.resume` a run goes on from there, to the very result of one that was never stopped.
 
     Args:
         approach: names the checkpoint.
@@ -113,7 +113,9 @@ def train(
             parts = _run_epoch(step, loaded, f"epoch {epoch + 1} of {config.epochs}", steps, batch_size)
         except FloatingPointError as error:
             kept = f"; {path} keeps epoch {epoch}, the last good one" if history else ""
-            raise UserError(f"{error} in epoch {epoch + 1}: lower learning_rate ({config.learning_rate}){kept}") from error
+            raise UserError(
+                f"{error} in epoch {epoch + 1}: lower learning_rate ({config.learning_rate}){kept}"
+            ) from error
         seconds = time.perf_counter() - started
         speed = {"seconds": seconds, "photos_per_second": batches.size / seconds}
         rate = optimizer.param_groups[0]["lr"]
