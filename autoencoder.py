@@ -163,7 +163,7 @@ def backbone_features(config: Config, gallery: Photos, device: torch.device, cac
 def reconstruct(
     network: Autoencoder, preprocessing: Preprocessing, queries: Photos, device: torch.device
 ) -> tuple[dict[str, float], Image.Image]:
-    """Rebuilds the queries: their mean squared error (of values in [0, 1]) and mean PSNR (dB), and a picture of some, the
+    """Rebuilds the queries: mean squared error (of values in [0, 1]), mean PSNR (dB), and a picture of some with the
     originals above."""
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
     shown = set(np.linspace(0, len(queries) - 1, SHOWN).astype(int).tolist())

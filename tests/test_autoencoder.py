@@ -1,0 +1,106 @@
+"""The approach without labels: what it learns from, what it rebuilds, and the script as a user runs it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import models
+
+import autoencoder
+from autoencoder import Autoencoder, Config, reconstruct
+from common.backbones import load_backbone
+from common.photos import load_photos
+
+SMALL = ("--backbone", "squeezenet1_1", "--image-size", "32", "--width", "8", "--epochs", "2")
+
+
+def test_shapes():
+    network = Autoencoder(image_size=64, width=4, dimension=10, features=7)
+    rebuilt, features = network(torch.zeros(3, 3, 64, 64))
+    assert rebuilt.shape == (3, 3, 64, 64)
+    assert features.shape == (3, 7)
+    assert network.encoder(torch.zeros(3, 3, 64, 64)).shape == (3, 10)
+
+
+def test_an_all_grey_reconstruction_by_hand(drawn):
+    """Of values in [0, 1], each c: the squared error of a photo is the mean of (c - grey)^2."""
+    photos = load_photos(drawn, None).subset(np.arange(3))
+    _, preprocessing, _ = load_backbone("squeezenet1_1", "none", 32, whole_photo=True)
+
+    class Grey(torch.nn.Module):
+        def forward(self, images):
+            return torch.zeros_like(images), None  # the mean colour that the input is normalised by
+
+    scores, picture = reconstruct(Grey(), preprocessing, photos, torch.device("cpu"))
+    squares = [preprocessing.square(Image.open(drawn / path).convert("RGB")) / 255 for path in photos.paths]
+    errors = [np.square(square - preprocessing.mean).mean() for square in squares]
+    assert scores["mse"] == pytest.approx(np.mean(errors), rel=1e-5)
+    assert scores["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-5)
+    assert picture.size == (3 * 32, 2 * 32)
+
+
+def test_training_never_sees_the_labels(drawn, tmp_path, monkeypatch):
+    """With the classes exchanged at random between gallery photos, the very same network comes out."""
+    torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "frozen.pth")
+    states = []
+    cut = autoencoder.gallery_and_queries
+
+    def relabelled(*arguments):
+        gallery, queries = cut(*arguments)
+        labels = np.random.default_rng(len(states)).permutation(gallery.labels)
+        return dataclasses.replace(gallery, labels=labels), queries
+
+    class TrainedError(Exception):
+        pass
+
+    def stop(embedder_network, *_):
+        states.append(embedder_network.state_dict())
+        raise TrainedError
+
+    monkeypatch.setattr(autoencoder, "gallery_and_queries", relabelled)
+    trained = autoencoder.train
+
+    def train(name, network, *arguments):
+        trained(name, network, *arguments)
+        stop(network)
+
+    monkeypatch.setattr(autoencoder, "train", train)
+    for turn in range(2):
+        config = Config(
+            data=str(drawn), backbone="squeezenet1_1", weights=str(tmp_path / "frozen.pth"), image_size=32, width=8
+        )
+        config = dataclasses.replace(config, epochs=1, cache="none", results=str(tmp_path / str(turn)), device="cpu")
+        with pytest.raises(TrainedError):
+            autoencoder.main(config)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_run(run_script, drawn, tmp_path):
+    torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "frozen.pth")
+    ended = run_script("autoencoder.py", "--data", str(drawn), "--weights", "frozen.pth", *SMALL)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
+    assert set(result["history"][0]) >= {"pixels", "features"}
+    assert result["history"][1]["loss"] < result["history"][0]["loss"]
+    assert 0 < result["reconstruction"]["mse"] < 1
+    assert result["model"]["embedding_dim"] == 512
+    assert result["model"]["weights"].startswith("frozen.pth, sha256 ")
+    assert Image.open(tmp_path / "results" / "autoencoder.reconstructions.png").size == (12 * 32, 2 * 32)
+
+
+def test_without_weights_the_pixels_alone_teach(run_script, drawn, tmp_path):
+    ended = run_script("autoencoder.py", "--data", str(drawn), *SMALL)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
+    assert "features" not in result["history"][0]
+    assert result["model"]["weights"] == "none (pixels alone)"
+    assert "UNTRAINED WEIGHTS" in ended.stdout
+
+
+def test_a_size_that_cannot_be_halved(run_script, drawn):
+    ended = run_script("autoencoder.py", "--data", str(drawn), "--image-size", "100")
+    assert ended.returncode == 2
+    assert "takes a multiple of 32" in ended.stderr
