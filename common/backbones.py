@@ -5,10 +5,10 @@ import hashlib
 import pickle
 import re
 import socket
-import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -173,21 +173,21 @@ def _named(name: str, choice: models.WeightsEnum, untrained_if_missing: bool) ->
     try:
         with _timeout(TIMEOUT):
             return models.get_model(name, weights=choice), choice.name
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, HTTPException, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        if (folder / file).exists() and not isinstance(error, OSError):
+            raise UserError(
+                f"{folder / file} is damaged ({_brief(error)}): delete it, and it is downloaded anew"
+            ) from error
+        reason = getattr(error, "reason", error)  # a download that breaks off has the wrong hash: RuntimeError
         if untrained_if_missing:
-            reason = getattr(error, "reason", error)
             print(
                 f"UNTRAINED WEIGHTS: {choice.url} can't be reached ({reason}). {name} starts from random weights.\n",
                 flush=True,
             )
             return _untrained(name), "none (untrained)"
         raise UserError(
-            f"the weights {choice.name} of {name} can't be downloaded ({getattr(error, 'reason', error)}): fetch "
-            f"{choice.url} elsewhere and put it as {file} into {folder}, or name a state dict with --weights"
-        ) from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{folder / file} is damaged ({_brief(error)}): delete it, and it is downloaded anew"
+            f"the weights {choice.name} of {name} can't be downloaded ({reason}): fetch {choice.url} elsewhere and put "
+            f"it as {file} into {folder}, or name a state dict with --weights"
         ) from error
 
 
