@@ -204,7 +204,8 @@ def locate_photos(data: str, home: Path = Path("data")) -> Path:
         if next(_walk(home), None):
             return home
         try:
-            return download.download(home)
+            download.download(home)
+            return home
         except UserError as error:
             print(
                 f"NO REAL PHOTOS: {error}\nGoing on with drawn photos: what follows says nothing about real ones.\n",
@@ -229,7 +230,7 @@ def is_drawn(folder: Path) -> bool:
 
 
 def load_photos(folder: Path, cache: Path | None) -> Photos:
-    """Reads every photo below `folder` once: content hash, thumbnail, and whether it can be read at all.
+    """Looks at every photo below `folder`: content hash, thumbnail, and whether it can be read at all.
 
     Thumbnails are kept in `cache` for the next run; hashes are always taken anew. Raises `UserError` if there is no
     such folder, no photo, or more than `SKIPPED_LIMIT` of the files can't be used.
@@ -281,7 +282,10 @@ def _thumbnails(
 
     def thumbnail(index: int) -> np.ndarray | str:
         try:
-            image = decode_photo((folder / paths[index]).read_bytes(), at_least=THUMBNAIL_SIDE)
+            data = (folder / paths[index]).read_bytes()
+            if hashlib.sha256(data).hexdigest().encode() != contents[index]:
+                return "changed while it was in use"
+            image = decode_photo(data, at_least=THUMBNAIL_SIDE)
             return np.asarray(image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX))
         except OSError as error:
             return f"can't be read: {error.strerror}"
