@@ -61,8 +61,8 @@ def embed_plainly(network: torch.nn.Module, loader: DataLoader, device: torch.de
 
 def main(config: Config) -> None:
     """Measures both sides in turns and writes `benchmark_embedding.json`."""
-    if not config.turns:
-        raise UserError("turns is 0: each side needs at least one")
+    if not config.turns or not config.photos:
+        raise UserError(f"turns is {config.turns} and photos is {config.photos}: both need to be 1 or more")
     device = choose_device(config.device)
     network, preprocessing, used = load_backbone(config.backbone, config.weights)
     plain_network = load_backbone(config.backbone, config.weights)[0].to(device)

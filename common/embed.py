@@ -27,7 +27,7 @@ def choose_device(name: str) -> torch.device:
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # "meta" can be named, but holds no numbers
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
