@@ -40,6 +40,9 @@ def test_a_run_and_a_second_one(run_script, drawn, tmp_path):
             assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
     for name in ("r_precision", "map@r", "instance_hit_rate@1", "instance_hit_rate@5", "instance_mrr"):
         assert 0 <= first["metrics"][name]["value"] <= 1
+    assert first["metrics_frozen"].keys() == first["metrics"].keys()
+    assert first["metrics_frozen"] != first["metrics"]
+    assert [each["epoch"] for each in first["history"]] == [1]
     assert first["baselines"].keys() == {"chance", "raw_pixels"}
     assert first["timing"]["query_latency_ms"]["queries"] >= 200
     picture = Image.open(tmp_path / "results" / "cnn_feature_extraction.png")
@@ -69,12 +72,14 @@ def test_weights_from_a_file_and_queries_from_a_folder(run_script, drawn, tmp_pa
     asking.mkdir(parents=True)
     for number in range(3):
         (asking / f"{number}.jpg").write_bytes((drawn / "dog" / f"dog.000{number}.jpg").read_bytes())
-    options = ("--weights", "mine.pth", "--queries", "asking", "--cache", "none", "--image-size", "64")
+    options = ("--weights", "mine.pth", "--queries", "asking", "--cache", "none", "--image-size", "64", "--epochs", "0")
     ended = run_script(SCRIPT, "--data", str(drawn), "--backbone", "squeezenet1_1", *options)
     assert ended.returncode == 0, ended.stderr
     result = read(tmp_path)
     assert result["model"]["weights"].startswith("mine.pth, sha256 ")
     assert (result["dataset"]["gallery"], result["dataset"]["queries"]) == (117, 3)
+    assert result["history"] == []
+    assert "metrics_frozen" not in result
     assert not (tmp_path / "data").exists()
 
 
@@ -103,6 +108,7 @@ def test_real_photos_without_weights_stop(run_script, drawn, tmp_path):
         (("--data", "sample", "--backbone", "resnet19"), "no classification network 'resnet19'"),
         (("--data", "sample", "--weights", "x.pth"), "x.pth is neither a file nor weights of resnet18"),
         (("--data", "sample", "--device", "abacus"), "no device 'abacus'"),
+        (("--data", "sample", "--device", "meta"), "no device 'meta'"),
         (("--seed", "-1"), "--seed: '-1' is not a whole number"),
         (("--results", "file.txt/x", "--data", "drawn", *SMALL), "file.txt"),
     ],

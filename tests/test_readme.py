@@ -47,7 +47,8 @@ def test_the_validation_runs_are_what_the_readme_says():
 
 def test_files_and_flags_that_are_named_exist(run_script):
     assert all((ROOT / name).exists() for name in re.findall(r"\]\(([^)#:]+)\)", README))
-    told = run_script("cnn_feature_extraction.py", "--help").stdout
+    scripts = ("cnn_feature_extraction.py", "autoencoder.py", "siamese.py")
+    told = "".join(run_script(script, "--help").stdout for script in scripts)
     flags = set(re.findall(r"--[a-z][a-z-]+", README))
     assert len(flags) > 8
     assert all(flag in told for flag in flags)
