@@ -1,5 +1,7 @@
 """From photos to embeddings: decoding on all cores, beside the network's work on the device."""
 
+import functools
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,20 +40,32 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(device: torch.device) -> torch.dtype:
     """The type that convolutions are computed in: a 16-bit one where the device has matrix units for it.
 
-    On a CPU these are Intel's AMX. AVX-512's bfloat16 instructions alone bring nothing: measured on a Xeon without AMX,
-    float32 was 1.0 (squeezenet1_1) to 1.5 times (resnet18) as fast.
+    On a CPU these are Intel's AMX and AMD's AVX-512 units for bfloat16: measured on two cores of an EPYC (Zen 4),
+    squeezenet1_1 and resnet18 embedded 1.7 to 2.0 times and trained 1.6 to 2.7 times as fast as in float32. On a Xeon
+    that has these instructions but no AMX, float32 was 1.0 (squeezenet1_1) to 1.5 times (resnet18) as fast.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if amx else torch.float32
+    amx, avx512_bf16 = (
+        getattr(torch.cpu, f"_is_{units}_supported", lambda: False)() for units in ("amx_tile", "avx512_bf16")
+    )
+    return torch.bfloat16 if amx or (avx512_bf16 and "AMD" in cpu_name()) else torch.float32
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """A context in which `device` computes its convolutions and products in the type that it is fastest in."""
-    precision = choose_precision(device)
+@functools.cache
+def cpu_name() -> str:
+    """What the processor calls itself, such as "AMD EPYC"; its architecture where it doesn't tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which `device` computes its convolutions and products in `precision`."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
@@ -76,7 +90,7 @@ class Embedder:
     def embed_images(self, images: Iterable[Image.Image]) -> np.ndarray:
         """float32 [B, D], L2-normalised, of B RGB images: one batch, on this thread."""
         squares = torch.from_numpy(np.stack([self.preprocessing.square(image) for image in images]))
-        with self.turn, torch.inference_mode(), autocast(self.device):
+        with self.turn, torch.inference_mode(), autocast(self.device, self.precision):
             features = self.network(self.preprocessing.normalise(squares.to(self.device))).float()
             return functional.normalize(features).cpu().numpy()
 

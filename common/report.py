@@ -17,7 +17,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.embed import Embedder, image_of
+from common.embed import Embedder, cpu_name, image_of
 from common.evaluate import Evaluation
 from common.files import written_whole
 from common.photos import Photos, describe
@@ -190,7 +190,7 @@ def environment(device: torch.device, precision: torch.dtype) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": str(precision).removeprefix("torch."),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
@@ -207,14 +207,6 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
         held = None
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"peak_memory_bytes": held, "peak_device_memory_bytes": on_device}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -66,7 +66,8 @@ def train(
     path = Path(config.results) / f"{approach}.pt"
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=choose_precision(device) == torch.float16)
+    precision = choose_precision(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     facts = {
         "schema": 1,
         "approach": approach,
@@ -87,7 +88,7 @@ def train(
     compiled = torch.compile(network) if config.compile else network
 
     def forward(*images: torch.Tensor) -> Any:
-        with autocast(device):
+        with autocast(device, precision):
             return compiled(*images)
 
     batch_size = min(config.batch_size, len(photos))
