@@ -11,16 +11,17 @@ GREY = (0.299, 0.587, 0.114)  # the luma of ITU-R BT.601
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-def random_views(squares: torch.Tensor, least_area: float) -> torch.Tensor:
-    """float32 [B, S, S, 3], RGB in [0, 255]: of each photo a crop scaled back to S, mirrored or not, in another light.
+def random_views(squares: torch.Tensor, least_area: float, size: int) -> torch.Tensor:
+    """float32 [B, size, size, 3], RGB in [0, 255]: of each photo a crop, mirrored or not, in another light.
 
     Args:
         squares: uint8 [B, S, S, 3].
         least_area: of a crop, as a share of the photo, from 0 (exclusive) to 1; areas are uniform up to the whole.
+        size: pixels, square, that a crop is scaled to.
 
     Draws from torch's generator of the squares' device.
     """
-    return _relight(_crop(squares.permute(0, 3, 1, 2).float(), least_area)).permute(0, 2, 3, 1)
+    return _relight(_crop(squares.permute(0, 3, 1, 2).float(), least_area, size)).permute(0, 2, 3, 1)
 
 
 def _uniform(photos: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -28,13 +29,13 @@ def _uniform(photos: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return torch.empty(len(photos), device=photos.device).uniform_(low, high)
 
 
-def _crop(photos: torch.Tensor, least_area: float) -> torch.Tensor:
+def _crop(photos: torch.Tensor, least_area: float, size: int) -> torch.Tensor:
     side = _uniform(photos, least_area, 1).sqrt()  # of the crop, as a share of the photo's
     mirror = 1 - 2 * torch.randint(2, (len(photos),), device=photos.device)
     zero = torch.zeros_like(side)
     across, down = ((1 - side) * _uniform(photos, -1, 1) for _ in range(2))  # the crop's middle, in [-1, 1]
     affine = torch.stack([side * mirror, zero, across, zero, side, down], 1).view(-1, 2, 3)
-    grid = functional.affine_grid(affine, list(photos.shape), align_corners=False)
+    grid = functional.affine_grid(affine, [*photos.shape[:2], size, size], align_corners=False)
     return functional.grid_sample(photos, grid, padding_mode="border", align_corners=False)
 
 

@@ -10,7 +10,7 @@ def test_views_of_the_whole_photo_in_its_own_light_are_the_photo_or_its_mirror(m
     monkeypatch.setattr(augment, "HUE", 0.0)
     torch.manual_seed(0)
     squares = torch.randint(256, (16, 8, 8, 3), dtype=torch.uint8)
-    views = random_views(squares, 1.0)
+    views = random_views(squares, 1.0, 8)
     assert views.shape == squares.shape
     assert views.dtype == torch.float32
     same, mirrored = (
@@ -24,13 +24,22 @@ def test_views_of_the_whole_photo_in_its_own_light_are_the_photo_or_its_mirror(m
 def test_a_crop_shows_a_part_of_the_photo_no_smaller_than_asked():
     torch.manual_seed(0)
     rows = torch.arange(100.0).view(1, 1, 100, 1).expand(200, 3, 100, 100)
-    seen = augment._crop(rows, 0.36)[:, 0, :, 50]
+    seen = augment._crop(rows, 0.36, 100)[:, 0, :, 50]
     span = seen[:, -1] - seen[:, 0]  # of rows; 99 of the whole photo
     assert span.min() >= 0.6 * 99 - 1
     assert span.min() < 0.65 * 99
     assert span.max() > 0.95 * 99
     assert seen.min() >= 0
     assert seen.max() <= 99
+
+
+def test_a_view_may_be_smaller_than_the_photo(monkeypatch):
+    monkeypatch.setattr(augment, "LIGHT", 0.0)
+    monkeypatch.setattr(augment, "HUE", 0.0)
+    rows = torch.arange(0, 160, 20, dtype=torch.uint8).view(1, 8, 1, 1).expand(3, 8, 8, 3)
+    views = random_views(rows, 1.0, 4)
+    assert views.shape == (3, 4, 4, 3)
+    assert torch.allclose(views[0, :, 0, 0], torch.tensor([10.0, 50, 90, 130]), atol=0.01)  # the mean of two rows
 
 
 def test_light_changes_as_torchvision_changes_it(monkeypatch):
