@@ -80,6 +80,15 @@ class GeneralisedMean(nn.Module):
         return moment.sign() * moment.abs().clamp(min=1e-12).pow(1 / self.p)  # the root's slope at 0 is infinite
 
 
+class InFloat32(nn.Sequential):
+    """Layers for [B, C], computed in float32 also where those before are computed in 16 bits, whose few digits would
+    make different photos tie."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+
 def load_backbone(
     name: str,
     weights: str,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision import models
 
-from common.backbones import GeneralisedMean, load_backbone, network_digest
+from common.backbones import GeneralisedMean, InFloat32, load_backbone, network_digest
 from common.config import UserError
 
 FAMILIES = {  # a small one of each, and the channels of its last feature maps
@@ -302,3 +302,16 @@ def test_digest_tells_networks_apart():
     pooled = load_backbone("squeezenet1_1", "none", pooling=3.0)[0]
     pooled.load_state_dict(one.state_dict())
     assert network_digest(pooled) != network_digest(one)
+
+
+def test_a_layer_in_float32_among_layers_in_16_bits():
+    torch.manual_seed(0)
+    layer, vectors = torch.nn.Linear(64, 32), torch.randn(8, 64)
+    with torch.inference_mode():
+        exact = layer(vectors)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(vectors).dtype == torch.bfloat16
+            assert torch.equal(InFloat32(layer)(vectors), exact)
+            rounded = InFloat32(layer)(vectors.bfloat16())
+    assert rounded.dtype == torch.float32
+    assert torch.allclose(rounded, exact, atol=0.05)

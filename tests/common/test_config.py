@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from common.config import UserError, parse_config, run
+from common.config import UserError, demonstration, parse_config, run
 
 
 @dataclass
@@ -36,6 +36,14 @@ def test_underscores_may_be_typed():
         batch_size: int = 1
 
     assert parse_config(Sizes, "", ["--batch_size", "2"]) == parse_config(Sizes, "", ["--batch-size", "2"]) == Sizes(2)
+
+
+def test_a_demonstration_changes_defaults_only_and_says_so(capsys):
+    given = demonstration(Config(seed=3), {"margin": 0.2, "seed": 5, "data": "auto"})
+    assert given == Config(seed=3, margin=0.2)
+    assert "margin 0.2 (not 0.5);" in capsys.readouterr().out
+    assert demonstration(given, {"margin": 0.1}) == given
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
