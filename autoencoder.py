@@ -25,17 +25,19 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import Preprocessing, load_backbone
-from common.config import UserError, run
+from common.backbones import InFloat32, Preprocessing, load_backbone
+from common.config import UserError, demonstration, run
 from common.embed import Embedder, choose_device, image_of
 from common.evaluate import evaluate, seed_everything
 from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report
 from common.train import train
 
-STAGES = 4  # halvings of the picture behind the encoder's first one
-BLOCKS = 2  # residual blocks of a stage
+STAGES, BLOCKS = 4, 2  # halvings behind the encoder's first one; residual blocks of each
+DECODER_WIDTH = 64  # channels
+GROWTH = 16  # the decoder doubles its maps twice, and sorts the channels of the last ones into 4 x 4 pixels
 SHOWN = 12  # photos in the picture of reconstructions
+ON_DRAWN_PHOTOS = {"image_size": 64, "epochs": 6}  # instead of the defaults, to end soon
 
 
 @dataclass
@@ -54,18 +56,19 @@ class Config:
     backbone: str = "resnet18"  # whose features are to be rebuilt: any classification network of torchvision
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     pooling: float = 3.0  # p of the generalised mean over the backbone's last feature maps, from 1 (the average) to 6
-    image_size: int = 96  # pixels, square, of encoder and reconstruction; a multiple of 32
+    image_size: int = 96  # pixels, square, of a photo to be embedded and of its reconstruction; a multiple of 16
     whole_photo: bool = True  # False cuts the edges off, as the transforms that come with the weights do
     width: int = 32  # channels of the encoder's first layer; each stage has twice as many, up to 16 times
     embedding_dim: int = 512  # of the bottleneck
 
     # Loss
-    pixel_weight: float = 1.0  # of the mean squared error of the photo's pixels, in units of their variance
-    feature_weight: float = 4.0  # of the squared distance to the backbone's features, in units of their variance
-    least_area: float = 0.35  # of the crop in the encoder's view, as a share of the photo
+    pixel_weight: float = 0.5  # of the mean squared error of the photo's pixels, in units of their variance
+    feature_weight: float = 4.0  # of that of the backbone's features, in units of theirs; 0: pixels alone
 
     # Training
-    epochs: int = 20  # times that each photo is seen
+    view_size: int = 64  # pixels, square, of the encoder's view; less than image_size is faster, and suits crops
+    least_area: float = 0.35  # of the crop in a view, as a share of the photo
+    epochs: int = 24  # times that each photo is seen
     batch_size: int = 64  # photos in a step
     learning_rate: float = 2e-3  # of AdamW at its height
     weight_decay: float = 0.05
@@ -115,25 +118,24 @@ class Encoder(nn.Sequential):
             for block in range(BLOCKS)
         ]
         pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        bottleneck = (nn.Linear(widths[-1], dimension, bias=False), nn.BatchNorm1d(dimension, affine=False))
-        super().__init__(convolution(3, width, stride=2), *stages, *pool, *bottleneck)
+        bottleneck = InFloat32(nn.Linear(widths[-1], dimension, bias=False), nn.BatchNorm1d(dimension, affine=False))
+        super().__init__(convolution(3, width, stride=2), *stages, *pool, bottleneck)
 
 
 class Autoencoder(nn.Module):
-    """float [B, 3, S, S] -> (the photo rebuilt, float [B, 3, S, S], normalised as the input is; features, [B, F])."""
+    """float [B, 3, V, V] -> (the photo rebuilt, float [B, 3, S, S], normalised as the input is; features, [B, F])."""
 
     def __init__(self, image_size: int, width: int, dimension: int, features: int):
         super().__init__()
-        first = image_size // 2 ** (STAGES + 1)  # pixels, of the decoder's first maps
-        widths = [width * 2 ** min(stage, 3) for stage in range(STAGES, -1, -1)]
-        grow = [
-            nn.Sequential(nn.Upsample(scale_factor=2), convolution(before, after))
-            for before, after in zip(widths, [*widths[1:], width // 2], strict=True)
-        ]
-        seed = (nn.Linear(dimension, widths[0] * first**2), nn.Unflatten(1, (widths[0], first, first)))
+        first, maps = image_size // GROWTH, DECODER_WIDTH
         self.encoder = Encoder(width, dimension)
-        self.photo_decoder = nn.Sequential(*seed, *grow, nn.Conv2d(width // 2, 3, 3, padding=1))
         self.feature_decoder = nn.Linear(dimension, features)
+        self.photo_decoder = nn.Sequential(
+            *(nn.Linear(dimension, maps * first**2), nn.Unflatten(1, (maps, first, first))),
+            *(nn.Upsample(scale_factor=2), convolution(maps, maps)),
+            *(nn.Upsample(scale_factor=2), convolution(maps, maps)),
+            *(nn.Conv2d(maps, 3 * 4**2, 3, padding=1), nn.PixelShuffle(4)),  # Shi et al. 2016
+        )
 
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
         bottleneck = self.encoder(views)
@@ -182,35 +184,45 @@ def reconstruct(
     return scores, Image.fromarray(np.concatenate(columns, axis=1))
 
 
+def learn(
+    features: torch.Tensor, preprocessing: Preprocessing, photos: Photos, config: Config, model: dict[str, str]
+) -> tuple[Autoencoder, list[dict]]:
+    """Trains an autoencoder on `photos` and their `features`, float32 [N, F], on whose device it goes; returns it and
+    the history. The checkpoint keeps `model`."""
+    network = Autoencoder(config.image_size, config.width, config.embedding_dim, features.shape[1])
+    network.to(features.device, memory_format=torch.channels_last)
+
+    def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        views = random_views(squares, config.least_area, config.view_size)
+        rebuilt, told = forward(preprocessing.normalise(views))
+        photo = preprocessing.normalise(squares)
+        losses = {"pixels": config.pixel_weight * functional.mse_loss(rebuilt.float(), photo)}
+        if features.shape[1]:
+            losses["features"] = config.feature_weight * functional.mse_loss(told.float(), features[positions])
+        return losses
+
+    return network, train("autoencoder", network, loss_of, photos, preprocessing, config, model)
+
+
 def main(config: Config) -> Path:
     """Trains without labels, embeds the photos, searches, scores; returns the path of the result file."""
     started = time.perf_counter()
-    if not config.image_size or config.image_size % 2 ** (STAGES + 1):
-        raise UserError(f"image_size is {config.image_size}: the autoencoder takes a multiple of {2 ** (STAGES + 1)}")
     seed_everything(config.seed)
     device = choose_device(config.device)
     cache = None if config.cache == "none" else Path(config.cache)
 
     folder = locate_photos(config.data)
+    if is_drawn(folder):
+        config = demonstration(config, ON_DRAWN_PHOTOS)
+    if not config.image_size or config.image_size % GROWTH:
+        raise UserError(f"image_size is {config.image_size}: the autoencoder takes a multiple of {GROWTH}")
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
     Path(config.results).mkdir(parents=True, exist_ok=True)  # what can't be written to is better known now
     features, weights = backbone_features(config, gallery, device, cache)
     preprocessing = load_backbone(config.backbone, "none", config.image_size, whole_photo=config.whole_photo)[1]
-    seed_everything(config.seed)
-    network = Autoencoder(config.image_size, config.width, config.embedding_dim, features.shape[1])
-    network.to(device, memory_format=torch.channels_last)
     model = {"backbone": f"autoencoder, width {config.width}, features of {config.backbone}", "weights": weights}
-
-    def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        views = preprocessing.normalise(random_views(squares, config.least_area))
-        rebuilt, told = forward(views)
-        original = preprocessing.normalise(squares)
-        losses = {"pixels": config.pixel_weight * functional.mse_loss(rebuilt.float(), original)}
-        if features.shape[1]:
-            losses["features"] = config.feature_weight * functional.mse_loss(told.float(), features[positions])
-        return losses
-
-    history = train("autoencoder", network, loss_of, gallery, preprocessing, config, model)
+    seed_everything(config.seed)  # what came before drew more or fewer numbers, by what was in the cache
+    network, history = learn(features, preprocessing, gallery, config, model)
     embedder = Embedder(network.encoder, preprocessing, device, config.embed_batch_size)
     evaluation = evaluate(embedder, gallery, queries, config.seed, cache)
     errors, picture = reconstruct(network, preprocessing, queries, device)

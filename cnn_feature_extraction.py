@@ -24,13 +24,15 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import load_backbone
-from common.config import run
+from common.backbones import InFloat32, Preprocessing, load_backbone
+from common.config import demonstration, run
 from common.embed import Embedder, choose_device
 from common.evaluate import evaluate, seed_everything
-from common.photos import gallery_and_queries, is_drawn, locate_photos
+from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report
 from common.train import train
+
+ON_DRAWN_PHOTOS = {"image_size": 96}  # instead of the defaults, to end soon
 
 
 @dataclass
@@ -52,12 +54,14 @@ class Config:
     whole_photo: bool = True  # False cuts the edges off, as the transforms that come with the weights do
     pooling: float = 3.0  # p of the generalised mean over the last feature maps, from 1 (the average) to 6
 
-    # Fine-tuning
+    # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
     epochs: int = 1  # times that each photo is seen; 0: the features stay as they were pre-trained
     batch_size: int = 64  # photos in a step
     learning_rate: float = 3e-4  # of AdamW at its height
     weight_decay: float = 1e-4
-    least_area: float = 0.35  # of the crop in a disturbed view, as a share of the photo
+    scale: float = 16.0  # what the cosines are multiplied by: more is satisfied with smaller differences of angle
+    view_size: int = 0  # pixels, square, of a disturbed view; less is faster; 0: image_size
+    least_area: float = 0.35  # of the crop in a view, as a share of the photo
     compile: bool = False  # torch.compile: a slow start, then faster steps on a GPU
     resume: bool = False  # go on from results/cnn_feature_extraction.pt, where a killed run left it
 
@@ -70,6 +74,43 @@ class Config:
     results: str = "results"  # the folder for the result file, the list of neighbours, the picture and the checkpoint
 
 
+class Cosines(nn.Module):
+    """float32 [B, D] -> logits, float32 [B, classes]: scaled cosines with a direction for each class, so that what is
+    learned is what the search compares (Wang et al. 2017, NormFace)."""
+
+    def __init__(self, dimension: int, classes: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.directions = nn.Parameter(torch.randn(classes, dimension))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return self.scale * functional.normalize(features) @ functional.normalize(self.directions).T
+
+
+def learn(
+    backbone: nn.Module,
+    dimension: int,
+    preprocessing: Preprocessing,
+    photos: Photos,
+    config: Config,
+    model: dict[str, str],
+) -> list[dict]:
+    """Fine-tunes `backbone` in place to tell the classes of `photos` apart by its features, float [B, dimension].
+
+    Returns the history. The checkpoint keeps `model`.
+    """
+    head = InFloat32(Cosines(dimension, len(photos.classes), config.scale))  # is thrown away
+    classifier = nn.Sequential(backbone, head.to(next(backbone.parameters()).device))
+    labels = torch.from_numpy(photos.labels).to(next(backbone.parameters()).device)
+    size = config.view_size or preprocessing.crop
+
+    def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        logits = forward(preprocessing.normalise(random_views(squares, config.least_area, size)))
+        return {"cross_entropy": functional.cross_entropy(logits, labels[positions])}
+
+    return train("cnn_feature_extraction", classifier, loss_of, photos, preprocessing, config, model)
+
+
 def main(config: Config) -> Path:
     """Fine-tunes, embeds the photos, searches, scores; returns the path of the result file."""
     started = time.perf_counter()
@@ -78,6 +119,8 @@ def main(config: Config) -> Path:
     cache = None if config.cache == "none" else Path(config.cache)
 
     folder = locate_photos(config.data)
+    if is_drawn(folder):
+        config = demonstration(config, ON_DRAWN_PHOTOS)
     network, preprocessing, weights = load_backbone(
         config.backbone,
         config.weights,
@@ -94,15 +137,7 @@ def main(config: Config) -> Path:
     learned = {}
     if config.epochs:
         learned["metrics_frozen"] = evaluate(embedder, gallery, queries, config.seed, cache).metrics
-    head = nn.Linear(embedder.dimension, len(gallery.classes)).to(device)
-    labels = torch.from_numpy(gallery.labels).to(device)
-
-    def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        logits = forward(preprocessing.normalise(random_views(squares, config.least_area)))
-        return {"cross_entropy": functional.cross_entropy(logits.float(), labels[positions])}
-
-    classifier = nn.Sequential(network, head)  # the head is thrown away
-    learned["history"] = train("cnn_feature_extraction", classifier, loss_of, gallery, preprocessing, config, model)
+    learned["history"] = learn(network, embedder.dimension, preprocessing, gallery, config, model)
     embedder = Embedder(network, preprocessing, device, config.embed_batch_size)
     evaluation = evaluate(embedder, gallery, queries, config.seed, cache)
 

@@ -14,22 +14,28 @@ Measured on 18,000 photos of cats and dogs with 2,000 queries: see the README's 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
+from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import load_backbone
-from common.config import run
+from common.backbones import InFloat32, Preprocessing, load_backbone
+from common.config import demonstration, run
 from common.embed import Embedder, choose_device
 from common.evaluate import evaluate, seed_everything
 from common.photos import Photos, gallery_and_queries, hold_out, is_drawn, locate_photos
 from common.report import write_report
+from common.squares import load_squares
 from common.train import train
+
+CENTRED_ON = 256  # photos
+ON_DRAWN_PHOTOS = {"image_size": 64, "view_size": 64, "epochs": 4}  # instead of the defaults, to end soon
 
 
 @dataclass
@@ -47,19 +53,21 @@ class Config:
     # Network
     backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
-    image_size: int = 160  # pixels, square; 0: what the weights were trained with
+    image_size: int = 224  # pixels, square, of a photo to be embedded; 0: what the weights were trained with
     whole_photo: bool = True  # False cuts the edges off, as the transforms that come with the weights do
     pooling: float = 3.0  # p of the generalised mean over the last feature maps, from 1 (the average) to 6
+    embedding_dim: int = 256  # of the linear layer behind it
 
     # Pairs and loss; distances of unit vectors, in [0, 2]
-    margin: float = 1.2  # photos of different classes are pushed apart up to this distance
-    class_margin: float = 0.6  # photos of one class are pulled together down to this distance; the paper: 0
+    margin: float = 1.6  # photos of different classes are pushed apart up to this distance
+    class_margin: float = 1.0  # photos of one class are pulled together down to this distance; the paper: 0
     mining: Literal["all", "hard"] = "all"  # "hard": the mean is over those pairs only that break their margin
     view_weight: float = 0.15  # of the loss on pairs of views of one photo; 0: class pairs only, one view of each photo
     temperature: float = 0.07  # of that loss: a lower one looks at the most similar other photos only
-    least_area: float = 0.35  # of the crop in a view, as a share of the photo
 
     # Training
+    view_size: int = 160  # pixels, square, of a view; less than image_size is faster, and suits crops; 0: image_size
+    least_area: float = 0.35  # of the crop in a view, as a share of the photo
     epochs: int = 6  # times that each photo is seen
     batch_size: int = 64  # photos in a step; every pair of them is used
     learning_rate: float = 3e-4  # of AdamW at its height
@@ -74,6 +82,21 @@ class Config:
 
     # Output
     results: str = "results"  # the folder for the result file, the list of neighbours, the picture and the checkpoint
+
+
+def project(backbone: nn.Module, preprocessing: Preprocessing, photos: Photos, dimension: int) -> nn.Sequential:
+    """`backbone` and a linear layer, at first a rotation about the mean of some photos' features.
+
+    The features are positive, so the angles between them narrow; seen from their mean they use the whole sphere.
+    """
+    positions = np.linspace(0, len(photos) - 1, min(CENTRED_ON, len(photos))).astype(int)
+    with torch.inference_mode():
+        squares = torch.from_numpy(load_squares(photos, preprocessing, None)(positions))
+        mean = torch.cat([backbone(preprocessing.normalise(batch)) for batch in squares.split(8)]).mean(0)
+    layer = nn.Linear(len(mean), dimension)
+    nn.init.orthogonal_(layer.weight)
+    layer.bias.data = -layer.weight.data @ mean
+    return nn.Sequential(backbone, InFloat32(layer))
 
 
 def contrastive_loss(
@@ -144,6 +167,27 @@ def verify(embedder: Embedder, validation: Photos, queries: Photos, cache: Path 
     }
 
 
+def learn(
+    network: nn.Module, preprocessing: Preprocessing, photos: Photos, config: Config, model: dict[str, str]
+) -> list[dict]:
+    """Trains `network` in place on pairs of views of `photos`; returns the history. The checkpoint keeps `model`."""
+    labels = torch.from_numpy(photos.labels).to(next(network.parameters()).device)
+    size = config.view_size or preprocessing.crop
+
+    def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        views = 2 if config.view_weight else 1
+        images = torch.cat([random_views(squares, config.least_area, size) for _ in range(views)])
+        embeddings = functional.normalize(forward(preprocessing.normalise(images)))
+        same = labels[positions].repeat(views)
+        losses = {"class_pairs": contrastive_loss(embeddings, same, config.class_margin, config.margin, config.mining)}
+        if config.view_weight:
+            losses["view_pairs"] = config.view_weight * view_loss(*embeddings.chunk(2), config.temperature)
+        return losses
+
+    order = partial(pairs_of_a_class, photos.labels)
+    return train("siamese", network, loss_of, photos, preprocessing, config, model, order)
+
+
 def main(config: Config) -> Path:
     """Trains on pairs, embeds the photos, searches, scores; returns the path of the result file."""
     started = time.perf_counter()
@@ -152,6 +196,8 @@ def main(config: Config) -> Path:
     cache = None if config.cache == "none" else Path(config.cache)
 
     folder = locate_photos(config.data)
+    if is_drawn(folder):
+        config = demonstration(config, ON_DRAWN_PHOTOS)
     network, preprocessing, weights = load_backbone(
         config.backbone,
         config.weights,
@@ -163,24 +209,10 @@ def main(config: Config) -> Path:
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
     training, validation = hold_out(gallery, config.seed)
     Path(config.results).mkdir(parents=True, exist_ok=True)  # what can't be written to is better known now
-    network.to(device, memory_format=torch.channels_last)
     model = {"backbone": config.backbone, "weights": weights}
-    labels = torch.from_numpy(training.labels).to(device)
-
-    def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        views = 2 if config.view_weight else 1
-        images = torch.cat([random_views(squares, config.least_area) for _ in range(views)])
-        embeddings = functional.normalize(forward(preprocessing.normalise(images)).float())
-        same = labels[positions].repeat(views)
-        losses = {"class_pairs": contrastive_loss(embeddings, same, config.class_margin, config.margin, config.mining)}
-        if config.view_weight:
-            losses["view_pairs"] = config.view_weight * view_loss(*embeddings.chunk(2), config.temperature)
-        return losses
-
-    def order(rng: np.random.Generator) -> np.ndarray:
-        return pairs_of_a_class(training.labels, rng)
-
-    history = train("siamese", network, loss_of, training, preprocessing, config, model, order)
+    network = project(network, preprocessing, training, config.embedding_dim)
+    network.to(device, memory_format=torch.channels_last)
+    history = learn(network, preprocessing, training, config, model)
     embedder = Embedder(network, preprocessing, device, config.embed_batch_size)
     evaluation = evaluate(embedder, gallery, queries, config.seed, cache)
     found = {"verification": verify(embedder, validation, queries, cache), "history": history}

@@ -14,12 +14,12 @@ from autoencoder import Autoencoder, Config, reconstruct
 from common.backbones import load_backbone
 from common.photos import load_photos
 
-SMALL = ("--backbone", "squeezenet1_1", "--image-size", "32", "--width", "8", "--epochs", "2")
+SMALL = ("--backbone", "squeezenet1_1", "--image-size", "32", "--view-size", "32", "--width", "8", "--epochs", "2")
 
 
 def test_shapes():
     network = Autoencoder(image_size=64, width=4, dimension=10, features=7)
-    rebuilt, features = network(torch.zeros(3, 3, 64, 64))
+    rebuilt, features = network(torch.zeros(3, 3, 48, 48))  # a view may be smaller than the photo
     assert rebuilt.shape == (3, 3, 64, 64)
     assert features.shape == (3, 7)
     assert network.encoder(torch.zeros(3, 3, 64, 64)).shape == (3, 10)
@@ -69,10 +69,9 @@ def test_training_never_sees_the_labels(drawn, tmp_path, monkeypatch):
 
     monkeypatch.setattr(autoencoder, "train", train)
     for turn in range(2):
-        config = Config(
-            data=str(drawn), backbone="squeezenet1_1", weights=str(tmp_path / "frozen.pth"), image_size=32, width=8
-        )
-        config = dataclasses.replace(config, epochs=1, cache="none", results=str(tmp_path / str(turn)), device="cpu")
+        small = {"backbone": "squeezenet1_1", "image_size": 32, "view_size": 32, "width": 8, "epochs": 1}
+        places = {"data": str(drawn), "weights": str(tmp_path / "frozen.pth"), "results": str(tmp_path / str(turn))}
+        config = Config(**small, **places, cache="none", device="cpu")
         with pytest.raises(TrainedError):
             autoencoder.main(config)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -103,4 +102,4 @@ def test_without_weights_the_pixels_alone_teach(run_script, drawn, tmp_path):
 def test_a_size_that_cannot_be_halved(run_script, drawn):
     ended = run_script("autoencoder.py", "--data", str(drawn), "--image-size", "100")
     assert ended.returncode == 2
-    assert "takes a multiple of 32" in ended.stderr
+    assert "takes a multiple of 16" in ended.stderr

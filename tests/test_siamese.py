@@ -8,16 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from common.backbones import load_backbone
-from common.embed import Embedder
+from common.backbones import InFloat32, load_backbone
+from common.embed import Embedder, image_of
 from common.photos import gallery_and_queries, load_photos
 from common.train import load_checkpoint
-from siamese import contrastive_loss, pairs_of_a_class, verify, view_loss
+from siamese import contrastive_loss, pairs_of_a_class, project, verify, view_loss
 from tests.conftest import ROOT
 
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--epochs", "2")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--view-size", "48", "--epochs", "2")
 
 
 def reference(embeddings, labels, class_margin, margin):
@@ -83,6 +84,18 @@ def test_photos_of_a_class_follow_each_other():
     assert (order != other).any()
 
 
+def test_the_projection_turns_features_about_their_mean(drawn, embedder):
+    photos = load_photos(drawn, None).subset(np.arange(5))
+    network = project(embedder.network, embedder.preprocessing, photos, 512)
+    squares = [embedder.preprocessing.square(image_of(photos, index)) for index in range(5)]
+    images = embedder.preprocessing.normalise(torch.from_numpy(np.stack(squares)))
+    with torch.inference_mode():
+        features, projected = embedder.network(images), network(images)
+    assert torch.allclose(projected.mean(0), torch.zeros(512), atol=1e-5)
+    centred = features - features.mean(0)
+    assert torch.allclose(projected @ projected.T, centred @ centred.T, atol=1e-4)
+
+
 def test_verification_takes_its_threshold_from_the_validation_photos(drawn):
     photos = load_photos(drawn, None)
     validation, queries = photos.subset(np.array([0, 1, 60, 61])), photos.subset(np.array([2, 3, 62]))
@@ -131,9 +144,10 @@ def test_a_run_and_one_that_was_killed_and_resumed(run_script, drawn, tmp_path, 
 
     stored = load_checkpoint(tmp_path / "killed" / "siamese.pt")  # holds all that it takes to embed a photo
     config = stored["config"]
-    network, preprocessing, _ = load_backbone(
+    backbone, preprocessing, _ = load_backbone(
         config["backbone"], "none", config["image_size"], config["pooling"], config["whole_photo"]
     )
+    network = nn.Sequential(backbone, InFloat32(nn.Linear(512, config["embedding_dim"])))
     network.load_state_dict(stored["network"])
     assert preprocessing.plain() == stored["preprocessing"]
     gallery, queries = gallery_and_queries(drawn, "", "test", 0, None)
