@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone
+from common.backbones import InFloat32, Preprocessing, load_backbone, require_size
 from common.config import UserError, demonstration, run
 from common.embed import Embedder, choose_device, image_of
 from common.evaluate import evaluate, seed_everything
@@ -66,7 +66,9 @@ class Config:
     feature_weight: float = 4.0  # of that of the backbone's features, in units of theirs; 0: pixels alone
 
     # Training
-    view_size: int = 64  # pixels, square, of the encoder's view; less than image_size is faster, and suits crops
+    view_size: int = (
+        64  # pixels, square, of the encoder's view; less than image_size is faster, and suits crops; 0: image_size
+    )
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
     epochs: int = 24  # times that each photo is seen
     batch_size: int = 64  # photos in a step
@@ -192,8 +194,11 @@ def learn(
     network = Autoencoder(config.image_size, config.width, config.embedding_dim, features.shape[1])
     network.to(features.device, memory_format=torch.channels_last)
 
+    size = config.view_size or config.image_size
+    require_size(network.eval(), size, "the encoder can't take views", "view_size")
+
     def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        views = random_views(squares, config.least_area, config.view_size)
+        views = random_views(squares, config.least_area, size)
         rebuilt, told = forward(preprocessing.normalise(views))
         photo = preprocessing.normalise(squares)
         losses = {"pixels": config.pixel_weight * functional.mse_loss(rebuilt.float(), photo)}

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone
+from common.backbones import InFloat32, Preprocessing, load_backbone, require_size
 from common.config import demonstration, run
 from common.embed import Embedder, choose_device
 from common.evaluate import evaluate, seed_everything
@@ -103,6 +103,7 @@ def learn(
     classifier = nn.Sequential(backbone, head.to(next(backbone.parameters()).device))
     labels = torch.from_numpy(photos.labels).to(next(backbone.parameters()).device)
     size = config.view_size or preprocessing.crop
+    require_size(backbone.eval(), size, "the network can't take views", "view_size")
 
     def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
         logits = forward(preprocessing.normalise(random_views(squares, config.least_area, size)))

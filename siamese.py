@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone
+from common.backbones import InFloat32, Preprocessing, load_backbone, require_size
 from common.config import demonstration, run
 from common.embed import Embedder, choose_device
 from common.evaluate import evaluate, seed_everything
@@ -70,7 +70,7 @@ class Config:
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
     epochs: int = 6  # times that each photo is seen
     batch_size: int = 64  # photos in a step; every pair of them is used
-    learning_rate: float = 3e-4  # of AdamW at its height
+    learning_rate: float = 5e-4  # of AdamW at its height
     weight_decay: float = 1e-4
     compile: bool = False  # torch.compile: a slow start, then faster steps on a GPU
     resume: bool = False  # go on from results/siamese.pt, where a killed run left it
@@ -173,6 +173,7 @@ def learn(
     """Trains `network` in place on pairs of views of `photos`; returns the history. The checkpoint keeps `model`."""
     labels = torch.from_numpy(photos.labels).to(next(network.parameters()).device)
     size = config.view_size or preprocessing.crop
+    require_size(network.eval(), size, "the network can't take views", "view_size")
 
     def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
         views = 2 if config.view_weight else 1

@@ -138,12 +138,18 @@ def load_backbone(
     resize = crop if whole_photo else round(crop * preset.resize_size[0] / preset.crop_size[0])
     preprocessing = Preprocessing(resize, crop, preset.interpolation, tuple(preset.mean), tuple(preset.std))
     network = _without_head(name, network, GeneralisedMean(pooling)).eval()
+    require_size(network, crop, f"{name} can't take photos", "image_size")
+    return network, preprocessing, used
+
+
+def require_size(network: nn.Module, size: int, complaint: str, hyperparameter: str) -> None:
+    """Raises `UserError` if `network`, in evaluation mode, can't take images of `size` x `size` pixels."""
     try:
         with torch.inference_mode():
-            network(torch.zeros(1, 3, crop, crop))
+            network(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"{name} can't take photos of {crop} x {crop} pixels ({error}): change image_size") from error
-    return network, preprocessing, used
+        told = f"{complaint} of {size} x {size} pixels ({_brief(error)}): change {hyperparameter}"
+        raise UserError(told) from error
 
 
 def network_digest(network: nn.Module) -> str:

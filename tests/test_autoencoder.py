@@ -103,3 +103,11 @@ def test_a_size_that_cannot_be_halved(run_script, drawn):
     ended = run_script("autoencoder.py", "--data", str(drawn), "--image-size", "100")
     assert ended.returncode == 2
     assert "takes a multiple of 16" in ended.stderr
+
+
+def test_views_too_small(run_script, drawn):
+    ended = run_script("autoencoder.py", "--data", str(drawn), *SMALL, "--view-size", "8")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "the encoder can't take views of 8 x 8 pixels" in ended.stderr
+    assert "change view_size" in ended.stderr

@@ -164,3 +164,11 @@ def test_class_pairs_only(run_script, drawn, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "view_pairs" not in read(tmp_path / "results")["history"][0]
     assert not (tmp_path / "data").exists()
+
+
+def test_views_too_small(run_script, drawn):
+    ended = run_script("siamese.py", "--data", str(drawn), *SMALL, "--view-size", "8")
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "the network can't take views of 8 x 8 pixels" in ended.stderr
+    assert "change view_size" in ended.stderr
