@@ -68,7 +68,7 @@ class Config:
     # Training
     view_size: int = 160  # pixels, square, of a view; less than image_size is faster, and suits crops; 0: image_size
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
-    epochs: int = 6  # times that each photo is seen
+    epochs: int = 7  # times that each photo is seen
     batch_size: int = 64  # photos in a step; every pair of them is used
     learning_rate: float = 5e-4  # of AdamW at its height
     weight_decay: float = 1e-4
