@@ -1,10 +1,10 @@
 """Approach 2: an autoencoder's bottleneck, k nearest neighbours by cosine similarity. No labels are used.
 
-An encoder squeezes a photo into a vector, decoders rebuild from the vector what they can; what survives is what matters
-(Hinton and Salakhutdinov 2006). Squared error of pixels alone spends the vector on colours and backgrounds. So a second
-decoder rebuilds what a frozen pre-trained CNN sees in the photo (a loss on its features: Hou et al. 2017, Deep Feature
-Consistent Variational Autoencoder). The encoder gets a disturbed view, the decoders are to rebuild the undisturbed
-photo (Vincent et al. 2008, denoising): so crop, mirroring and light don't move a photo's vector much.
+An encoder squeezes a photo into a vector, from which a decoder rebuilds the photo; what survives is what matters
+(Hinton and Salakhutdinov 2006). Squared error of pixels alone spends the vector on colours and backgrounds. So it is to
+hold as well what a frozen pre-trained CNN sees in the photo (a perceptual loss: Hou et al. 2017, Deep Feature
+Consistent Variational Autoencoder). The encoder gets a disturbed view, and the undisturbed photo is to be rebuilt
+(Vincent et al. 2008, denoising): so crop, mirroring and light don't move a photo's vector much.
 
     python autoencoder.py
     python autoencoder.py --feature-weight 0     # pixels alone
@@ -59,18 +59,19 @@ class Config:
     image_size: int = 96  # pixels, square, of a photo to be embedded and of its reconstruction; a multiple of 16
     whole_photo: bool = True  # False cuts the edges off, as the transforms that come with the weights do
     width: int = 32  # channels of the encoder's first layer; each stage has twice as many, up to 16 times
-    embedding_dim: int = 512  # of the bottleneck
+    embedding_dim: int = 512  # of the bottleneck, and how many principal components of the features it is to hold
 
     # Loss
-    pixel_weight: float = 0.5  # of the mean squared error of the photo's pixels, in units of their variance
+    pixel_weight: float = 0.1  # of the mean squared error of the photo's pixels, in units of their variance
     feature_weight: float = 4.0  # of that of the backbone's features, in units of theirs; 0: pixels alone
+    whitening: float = 0.25  # of these features' principal components, from 0 (none) to 1 (all have the same variance)
 
     # Training
     view_size: int = (
         64  # pixels, square, of the encoder's view; less than image_size is faster, and suits crops; 0: image_size
     )
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
-    epochs: int = 24  # times that each photo is seen
+    epochs: int = 20  # times that each photo is seen
     batch_size: int = 64  # photos in a step
     learning_rate: float = 2e-3  # of AdamW at its height
     weight_decay: float = 0.05
@@ -109,8 +110,7 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """float [B, 3, S, S] -> the bottleneck, float [B, D]: each of its values has mean 0 and variance 1 over the photos,
-    so that none outweighs the others in a cosine."""
+    """float [B, 3, S, S] -> the bottleneck, float32 [B, D]."""
 
     def __init__(self, width: int, dimension: int):
         widths = [width * 2 ** min(stage, 4) for stage in range(STAGES + 1)]
@@ -120,18 +120,17 @@ class Encoder(nn.Sequential):
             for block in range(BLOCKS)
         ]
         pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        bottleneck = InFloat32(nn.Linear(widths[-1], dimension, bias=False), nn.BatchNorm1d(dimension, affine=False))
+        bottleneck = InFloat32(nn.Linear(widths[-1], dimension, bias=False), nn.BatchNorm1d(dimension))
         super().__init__(convolution(3, width, stride=2), *stages, *pool, bottleneck)
 
 
 class Autoencoder(nn.Module):
-    """float [B, 3, V, V] -> (the photo rebuilt, float [B, 3, S, S], normalised as the input is; features, [B, F])."""
+    """float [B, 3, V, V] -> (the photo rebuilt, float [B, 3, S, S], normalised as the input is; the bottleneck)."""
 
-    def __init__(self, image_size: int, width: int, dimension: int, features: int):
+    def __init__(self, image_size: int, width: int, dimension: int):
         super().__init__()
         first, maps = image_size // GROWTH, DECODER_WIDTH
         self.encoder = Encoder(width, dimension)
-        self.feature_decoder = nn.Linear(dimension, features)
         self.photo_decoder = nn.Sequential(
             *(nn.Linear(dimension, maps * first**2), nn.Unflatten(1, (maps, first, first))),
             *(nn.Upsample(scale_factor=2), convolution(maps, maps)),
@@ -141,13 +140,13 @@ class Autoencoder(nn.Module):
 
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
         bottleneck = self.encoder(views)
-        return self.photo_decoder(bottleneck), self.feature_decoder(bottleneck)
+        return self.photo_decoder(bottleneck), bottleneck
 
 
-def backbone_features(config: Config, gallery: Photos, device: torch.device, cache: Path | None) -> tuple:
-    """What the frozen backbone sees in the undisturbed photos: (float32 [N, F], the weights in truth).
+def features_to_rebuild(config: Config, gallery: Photos, device: torch.device, cache: Path | None) -> tuple:
+    """What the frozen backbone sees in the undisturbed photos: (float32 [N, D], the weights in truth).
 
-    Each of the F values is brought to mean 0 and, over all, variance 1. Without weights there are none: [N, 0].
+    Its features' principal components, partly whitened, with mean 0 and, over all, variance 1. Without weights: [N, 0].
     """
     network, preprocessing, weights = load_backbone(
         config.backbone,
@@ -159,9 +158,22 @@ def backbone_features(config: Config, gallery: Photos, device: torch.device, cac
     if weights == "none (untrained)" or not config.feature_weight:
         return torch.empty(len(gallery), 0, device=device), "none (pixels alone)"
     frozen = Embedder(network, preprocessing, device, config.embed_batch_size)
-    features = torch.from_numpy(frozen.embed_photos(gallery, cache, "features to be rebuilt")).to(device)
-    features -= features.mean(0)
-    return features / features.square().mean().sqrt(), weights
+    features = torch.from_numpy(frozen.embed_photos(gallery, cache, "features to be rebuilt"))
+    return whiten(features, config.embedding_dim, config.whitening).to(device), weights
+
+
+def whiten(features: torch.Tensor, dimension: int, power: float) -> torch.Tensor:
+    """Principal components of float32 [N, F]: float32 [N, D], with D = min(dimension, F), the largest first.
+
+    A component of variance v gets the variance v^(1 - power): 0 leaves cosines as they are, 1 makes all components
+    alike (Jegou and Chum 2012, Negative Evidences and Co-occurrences in Image Retrieval). In sum it is D.
+    """
+    features = (features - features.mean(0)).double()
+    variances, directions = torch.linalg.eigh(features.T @ features / len(features))  # the smallest first
+    variances, directions = variances.flip(0)[:dimension], directions.flip(1)[:, :dimension]
+    scales = variances.clamp(min=1e-6 * variances[0]) ** (-power / 2)
+    components = features @ (directions * scales)
+    return (components / components.square().mean().sqrt()).float()
 
 
 def reconstruct(
@@ -191,7 +203,7 @@ def learn(
 ) -> tuple[Autoencoder, list[dict]]:
     """Trains an autoencoder on `photos` and their `features`, float32 [N, F], on whose device it goes; returns it and
     the history. The checkpoint keeps `model`."""
-    network = Autoencoder(config.image_size, config.width, config.embedding_dim, features.shape[1])
+    network = Autoencoder(config.image_size, config.width, features.shape[1] or config.embedding_dim)
     network.to(features.device, memory_format=torch.channels_last)
 
     size = config.view_size or config.image_size
@@ -199,11 +211,11 @@ def learn(
 
     def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
         views = random_views(squares, config.least_area, size)
-        rebuilt, told = forward(preprocessing.normalise(views))
+        rebuilt, bottleneck = forward(preprocessing.normalise(views))
         photo = preprocessing.normalise(squares)
         losses = {"pixels": config.pixel_weight * functional.mse_loss(rebuilt.float(), photo)}
         if features.shape[1]:
-            losses["features"] = config.feature_weight * functional.mse_loss(told.float(), features[positions])
+            losses["features"] = config.feature_weight * functional.mse_loss(bottleneck, features[positions])
         return losses
 
     return network, train("autoencoder", network, loss_of, photos, preprocessing, config, model)
@@ -223,7 +235,7 @@ def main(config: Config) -> Path:
         raise UserError(f"image_size is {config.image_size}: the autoencoder takes a multiple of {GROWTH}")
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
     Path(config.results).mkdir(parents=True, exist_ok=True)  # what can't be written to is better known now
-    features, weights = backbone_features(config, gallery, device, cache)
+    features, weights = features_to_rebuild(config, gallery, device, cache)
     preprocessing = load_backbone(config.backbone, "none", config.image_size, whole_photo=config.whole_photo)[1]
     model = {"backbone": f"autoencoder, width {config.width}, features of {config.backbone}", "weights": weights}
     seed_everything(config.seed)  # what came before drew more or fewer numbers, by what was in the cache

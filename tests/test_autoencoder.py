@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 from torchvision import models
 
 import autoencoder
-from autoencoder import Autoencoder, Config, reconstruct
+from autoencoder import Autoencoder, Config, reconstruct, whiten
 from common.backbones import load_backbone
 from common.photos import load_photos
 
@@ -18,11 +19,33 @@ SMALL = ("--backbone", "squeezenet1_1", "--image-size", "32", "--view-size", "32
 
 
 def test_shapes():
-    network = Autoencoder(image_size=64, width=4, dimension=10, features=7)
-    rebuilt, features = network(torch.zeros(3, 3, 48, 48))  # a view may be smaller than the photo
+    network = Autoencoder(image_size=64, width=4, dimension=10)
+    rebuilt, bottleneck = network(torch.zeros(3, 3, 48, 48))  # a view may be smaller than the photo
     assert rebuilt.shape == (3, 3, 64, 64)
-    assert features.shape == (3, 7)
-    assert network.encoder(torch.zeros(3, 3, 64, 64)).shape == (3, 10)
+    assert torch.equal(bottleneck, network.encoder(torch.zeros(3, 3, 48, 48)))
+    assert bottleneck.shape == (3, 10)
+
+
+def test_whitened_features_are_the_principal_components():
+    """As scikit-learn finds them, but for the sign of each, with variances v^(1 - power) that have the mean 1."""
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3).astype(np.float32)
+    for power in (0.0, 0.25, 1.0):
+        pca = PCA(4).fit(features)
+        variances = pca.explained_variance_ ** (1 - power)
+        expected = pca.transform(features) / pca.explained_variance_**0.5 * (variances / variances.mean()) ** 0.5
+        expected *= (50 / 49) ** 0.5  # scikit-learn divides by N - 1
+        whitened = whiten(torch.from_numpy(features), 4, power).numpy()
+        assert np.allclose(np.abs(whitened), np.abs(expected), atol=1e-4)
+        assert np.square(whitened).mean() == pytest.approx(1, rel=1e-5)
+    assert whiten(torch.from_numpy(features), 512, 0.25).shape == (50, 6)
+
+
+def test_whitening_by_nothing_keeps_the_angles_about_the_mean():
+    features = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    centred = torch.nn.functional.normalize(features - features.mean(0))
+    whitened = torch.nn.functional.normalize(whiten(features, 5, 0.0))
+    assert torch.allclose(whitened @ whitened.T, centred @ centred.T, atol=1e-5)
 
 
 def test_an_all_grey_reconstruction_by_hand(drawn):
