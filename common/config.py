@@ -12,6 +12,24 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 
+RANGES = {  # of hyperparameters, which mean the same in every script
+    "batch_size": (2, 65_536),
+    "learning_rate": (1e-9, 10.0),
+    "weight_decay": (0.0, 10.0),
+    "embedding_dim": (1, 65_536),
+    "width": (1, 1_024),
+    "least_area": (0.01, 1.0),
+    "temperature": (0.001, 10.0),
+    "scale": (0.1, 1_000.0),
+    "margin": (0.0, 2.0),
+    "class_margin": (0.0, 2.0),
+    "whitening": (0.0, 1.0),
+    "pixel_weight": (0.0, 1e6),
+    "feature_weight": (0.0, 1e6),
+    "view_weight": (0.0, 1e6),
+}
+
+
 class UserError(Exception):
     """Something that the user can put right: the message says what was wrong, with which file or value, what to do."""
 
@@ -21,7 +39,7 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
 
     Every field needs a default; its type (int, float, str, bool or a Literal) checks the flag, and the comment behind
     it is the flag's help. `arguments` are those of the command line unless given. A flag that doesn't fit ends the
-    process with exit code 2.
+    process with exit code 2. Raises `UserError` for a value outside `RANGES`.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -31,7 +49,12 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
         flags = dict.fromkeys(("--" + field.name.replace("_", "-"), "--" + field.name))
         meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(*flags, default=field.default, help=meaning, **_parsing(field.type))
-    return config_class(**vars(parser.parse_args(arguments)))
+    config = config_class(**vars(parser.parse_args(arguments)))
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name, low)
+        if not low <= value <= high:  # NaN too
+            raise UserError(f"{name} is {value}: give a value from {low:g} to {high:g}")
+    return config
 
 
 def demonstration(config: Config, values: dict[str, Any]) -> Config:
@@ -41,7 +64,7 @@ def demonstration(config: Config, values: dict[str, Any]) -> Config:
     values = {name: value for name, value in values.items() if getattr(config, name) == defaults[name] != value}
     if values:
         told = ", ".join(f"{name} {value} (not {defaults[name]})" for name, value in values.items())
-        print(f"A demonstration on drawn photos, with {told}; flags such as --epochs have it otherwise.\n", flush=True)
+        print(f"A demonstration on drawn photos, with {told}; other values given as flags stay.\n", flush=True)
     return dataclasses.replace(config, **values)
 
 

@@ -63,6 +63,12 @@ def test_what_does_not_fit_ends_with_2_and_says_what(capsys, arguments, told):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["2.5", "nan", "-1"])
+def test_values_out_of_range_are_refused(value):
+    with pytest.raises(UserError, match=rf"margin is {float(value)}: give a value from 0 to 2"):
+        parsed("--margin", value)
+
+
 def test_help_has_the_comments(capsys):
     with pytest.raises(SystemExit) as stop:
         parsed("--help")
