@@ -85,6 +85,10 @@ def train(
         with written_whole(path) as temporary:
             torch.save(state, temporary)
 
+    if len(history) >= config.epochs:
+        if not history:
+            save()
+        return history
     compiled = torch.compile(network) if config.compile else network
 
     def forward(*images: torch.Tensor) -> Any:
@@ -104,7 +108,7 @@ def train(
         def step(number: int, squares: torch.Tensor, epoch: int = epoch, batches: np.ndarray = batches) -> Losses:
             progress = (epoch * steps + number) / (config.epochs * steps)
             optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(progress)
-            losses = loss_of(forward, squares.to(device, non_blocking=True), batches[number])
+            losses = loss_of(forward, squares.to(device, non_blocking=device.type == "cuda"), batches[number])
             _descend(sum(losses.values()), network, optimizer, scaler)
             return losses
 
@@ -121,8 +125,6 @@ def train(
         speed = {"seconds": seconds, "photos_per_second": batches.size / seconds}
         rate = optimizer.param_groups[0]["lr"]
         history.append({"epoch": epoch + 1, "loss": sum(parts.values()), **parts, "learning_rate": rate, **speed})
-        save()
-    if not config.epochs:
         save()
     return history
 
@@ -158,6 +160,8 @@ def _resume(
     stored = load_checkpoint(path)
     if stored["photos"] != facts["photos"]:
         raise UserError(f"{path} was trained on other photos: leave --resume out to train anew")
+    if stored["model"] != facts["model"]:
+        raise UserError(f"{path} began as {stored['model']}, this run as {facts['model']}: leave --resume out")
     before, now = stored["config"], facts["config"]
     if changed := [name for name in now if name not in FREE and before.get(name) != now[name]]:
         told = ", ".join(f"{name} {before.get(name)!r} (now {now[name]!r})" for name in changed)

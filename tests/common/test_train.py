@@ -33,7 +33,7 @@ def photos(drawn):
 def run(photos, embedder):
     """Trains a small network to tell a photo's mean colour from noise of torch's generator added to it."""
 
-    def run(config, spoil=lambda epoch_step: None, order=None):
+    def run(config, spoil=lambda epoch_step: None, order=None, model="b"):
         torch.manual_seed(5)
         network = nn.Sequential(
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8), nn.Dropout(0.5), nn.Linear(8, 3)
@@ -47,7 +47,7 @@ def run(photos, embedder):
             loss = (forward(images).float() - target).square().mean()
             return {"near": loss / 2, "far": loss * spoiled if spoiled else loss / 2}
 
-        history = train("small", network, loss_of, photos, embedder.preprocessing, config, {"backbone": "b"}, order)
+        history = train("small", network, loss_of, photos, embedder.preprocessing, config, {"backbone": model}, order)
         return network.state_dict(), history
 
     return run
@@ -95,6 +95,8 @@ def test_another_runs_checkpoint_is_not_resumed(run, photos, tmp_path):
     run(config)
     with pytest.raises(UserError, match=r"trained with epochs 1 \(now 2\)"):
         run(dataclasses.replace(config, epochs=2, resume=True))
+    with pytest.raises(UserError, match=r"began as {'backbone': 'b'}, this run as {'backbone': 'other'}"):
+        run(dataclasses.replace(config, resume=True), model="other")
     (tmp_path / "small.pt").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="not a checkpoint"):
         run(dataclasses.replace(config, resume=True))
