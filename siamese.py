@@ -29,12 +29,13 @@ from common.backbones import InFloat32, Preprocessing, load_backbone, require_si
 from common.config import demonstration, run
 from common.embed import Embedder, choose_device
 from common.evaluate import evaluate, seed_everything
+from common.losses import view_loss
 from common.photos import Photos, gallery_and_queries, hold_out, is_drawn, locate_photos
 from common.report import write_report
 from common.squares import load_squares
 from common.train import train
 
-CENTRED_ON = 256  # photos
+CENTRED_ON, VERIFIED = 256, 2000  # photos
 ON_DRAWN_PHOTOS = {"image_size": 64, "view_size": 64, "epochs": 4}  # instead of the defaults, to end soon
 
 
@@ -66,7 +67,7 @@ class Config:
     temperature: float = 0.07  # of that loss: a lower one looks at the most similar other photos only
 
     # Training
-    view_size: int = 160  # pixels, square, of a view; less than image_size is faster, and suits crops; 0: image_size
+    view_size: int = 160  # pixels, square, of a view, at most image_size; less is faster and suits crops; 0: image_size
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
     epochs: int = 7  # times that each photo is seen
     batch_size: int = 64  # photos in a step; every pair of them is used
@@ -85,7 +86,7 @@ class Config:
 
 
 def project(backbone: nn.Module, preprocessing: Preprocessing, photos: Photos, dimension: int) -> nn.Sequential:
-    """`backbone` and a linear layer, at first a rotation about the mean of some photos' features.
+    """`backbone` and a linear layer, at first an orthogonal projection about the mean of some photos' features.
 
     The features are positive, so the angles between them narrow; seen from their mean they use the whole sphere.
     """
@@ -122,16 +123,6 @@ def contrastive_loss(
     return (pull.sum() / counts[0].clamp(min=1) + push.sum() / counts[1].clamp(min=1)) / 2
 
 
-def view_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross-entropy of finding a photo's other view among those of the batch, either way (van den Oord et al. 2018).
-
-    `first` and `second` are unit vectors, float [B, D]: row i of both is photo i.
-    """
-    logits = first @ second.T / temperature
-    own = torch.arange(len(logits), device=logits.device)
-    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
-
-
 def pairs_of_a_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """An epoch's order, int64 [N]: random, but two photos of a class follow each other, so that each has a similar one
     in its batch however many classes there are."""
@@ -139,14 +130,18 @@ def pairs_of_a_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray
     by_class = [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
     pairs = np.concatenate([photos[: len(photos) // 2 * 2].reshape(-1, 2) for photos in by_class])
     single = np.concatenate([photos[len(photos) // 2 * 2 :] for photos in by_class])
-    return np.concatenate([rng.permutation(pairs).ravel(), single])
+    return np.concatenate([rng.permutation(pairs).ravel(), rng.permutation(single)])
 
 
 def verify(embedder: Embedder, validation: Photos, queries: Photos, cache: Path | None) -> dict[str, float]:
     """Are two photos of one class? By their distance, for all pairs of queries: ROC AUC, and accuracy at a threshold.
 
-    The threshold is the distance that tells most pairs of `validation` right, of photos not trained on.
+    The threshold is the distance that tells most pairs of `validation` right, of photos not trained on. Of more than
+    `VERIFIED` queries, so many take part. Empty where the photos of either side make pairs of one kind only.
     """
+    queries = queries.subset(np.linspace(0, len(queries) - 1, min(VERIFIED, len(queries))).astype(int))
+    if any(np.bincount(side.labels).max() < 2 or len(np.unique(side.labels)) < 2 for side in (validation, queries)):
+        return {}
 
     def pairs(photos: Photos) -> tuple[np.ndarray, np.ndarray]:
         embeddings = torch.from_numpy(embedder.embed_photos(photos, cache, "embedding for verification"))
@@ -172,7 +167,7 @@ def learn(
 ) -> list[dict]:
     """Trains `network` in place on pairs of views of `photos`; returns the history. The checkpoint keeps `model`."""
     labels = torch.from_numpy(photos.labels).to(next(network.parameters()).device)
-    size = config.view_size or preprocessing.crop
+    size = min(config.view_size or preprocessing.crop, preprocessing.crop)
     require_size(network.eval(), size, "the network can't take views", "view_size")
 
     def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
@@ -199,14 +194,8 @@ def main(config: Config) -> Path:
     folder = locate_photos(config.data)
     if is_drawn(folder):
         config = demonstration(config, ON_DRAWN_PHOTOS)
-    network, preprocessing, weights = load_backbone(
-        config.backbone,
-        config.weights,
-        config.image_size,
-        config.pooling,
-        config.whole_photo,
-        untrained_if_missing=is_drawn(folder),
-    )
+    wanted = (config.backbone, config.weights, config.image_size, config.pooling, config.whole_photo)
+    network, preprocessing, weights = load_backbone(*wanted, untrained_if_missing=is_drawn(folder))
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
     training, validation = hold_out(gallery, config.seed)
     Path(config.results).mkdir(parents=True, exist_ok=True)  # what can't be written to is better known now

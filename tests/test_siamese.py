@@ -15,7 +15,7 @@ from common.backbones import InFloat32, load_backbone
 from common.embed import Embedder, image_of
 from common.photos import gallery_and_queries, load_photos
 from common.train import load_checkpoint
-from siamese import contrastive_loss, pairs_of_a_class, project, verify, view_loss
+from siamese import contrastive_loss, pairs_of_a_class, project, verify
 from tests.conftest import ROOT
 
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--view-size", "48", "--epochs", "2")
@@ -67,13 +67,6 @@ def test_contrastive_loss_of_equal_photos_has_a_gradient():
     assert embeddings.grad.isfinite().all()
 
 
-def test_view_loss_by_hand():
-    first = torch.eye(2)
-    assert view_loss(first, first, 1.0) == pytest.approx(math.log(1 + math.exp(-1)))
-    assert view_loss(first, first.flip(0), 1.0) == pytest.approx(math.log(1 + math.e))
-    assert view_loss(first, first, 0.01) == pytest.approx(0, abs=1e-6)
-
-
 def test_photos_of_a_class_follow_each_other():
     labels = np.array([0] * 7 + [1] * 4 + [2])
     order = pairs_of_a_class(labels, np.random.default_rng(0))
@@ -112,6 +105,14 @@ def test_verification_takes_its_threshold_from_the_validation_photos(drawn):
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["roc_auc"] == 0
     assert (found["pairs"], found["share_same"]) == (3, pytest.approx(1 / 3))
+
+
+def test_no_verification_without_pairs_of_both_kinds(drawn):
+    photos = load_photos(drawn, None)
+    both = photos.subset(np.array([0, 1, 60, 61]))
+    for few in ([0, 1, 2], [0, 60], [0]):  # one class, one photo of each, one photo
+        assert verify(None, both, photos.subset(np.array(few)), None) == {}
+        assert verify(None, photos.subset(np.array(few)), both, None) == {}
 
 
 def read(folder):
