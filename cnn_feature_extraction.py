@@ -3,7 +3,8 @@
 A network trained to tell the 1,000 classes of ImageNet apart has learned what things look like. Without its
 classifier, its last feature maps, pooled over the photo, place photos of similar things close to each other (Razavian
 et al. 2014, CNN Features off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning lets it learn to tell the
-gallery's own classes apart before its features are taken; the result file holds the scores of both.
+gallery's own classes apart, and the views of a photo from those of others, before its features are taken; the result
+file holds the scores of both.
 
     python cnn_feature_extraction.py
     python cnn_feature_extraction.py --epochs 0       # the features as they were pre-trained
@@ -28,11 +29,12 @@ from common.backbones import InFloat32, Preprocessing, load_backbone, require_si
 from common.config import demonstration, run
 from common.embed import Embedder, choose_device
 from common.evaluate import evaluate, seed_everything
+from common.losses import view_loss
 from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report
 from common.train import train
 
-ON_DRAWN_PHOTOS = {"image_size": 96}  # instead of the defaults, to end soon
+ON_DRAWN_PHOTOS = {"image_size": 96, "view_size": 64}  # instead of the defaults, to end soon
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Config:
     )
     queries: str = ""  # a folder of photos that ask; empty: a tenth of data asks, and the rest is searched
     split: Literal["test", "validation"] = "test"  # "validation" asks with a tenth of the gallery: tune on that one
-    seed: int = 0  # of the split, the disturbed copies, and weights that start at random
+    seed: int = 0  # of the split, the disturbed copies, the order of the photos and their views, and random weights
 
     # Network
     backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
@@ -56,11 +58,13 @@ class Config:
 
     # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
     epochs: int = 1  # times that each photo is seen; 0: the features stay as they were pre-trained
-    batch_size: int = 64  # photos in a step
-    learning_rate: float = 3e-4  # of AdamW at its height
+    batch_size: int = 32  # photos in a step
+    learning_rate: float = 5e-4  # of AdamW at its height
     weight_decay: float = 1e-4
     scale: float = 16.0  # what the cosines are multiplied by: more is satisfied with smaller differences of angle
-    view_size: int = 0  # pixels, square, of a disturbed view; less is faster; 0: image_size
+    view_weight: float = 0.15  # of the loss on pairs of views of one photo; 0: class labels alone, one view of each
+    temperature: float = 0.07  # of that loss: a lower one looks at the most similar other photos only
+    view_size: int = 160  # pixels, square, of a view, at most image_size; less is faster and suits crops; 0: image_size
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
     compile: bool = False  # torch.compile: a slow start, then faster steps on a GPU
     resume: bool = False  # go on from results/cnn_feature_extraction.pt, where a killed run left it
@@ -75,16 +79,17 @@ class Config:
 
 
 class Cosines(nn.Module):
-    """float32 [B, D] -> logits, float32 [B, classes]: scaled cosines with a direction for each class, so that what is
-    learned is what the search compares (Wang et al. 2017, NormFace)."""
+    """float32 [B, D] -> (unit vectors [B, D], logits [B, classes]): scaled cosines with a direction for each class, so
+    that what is learned is what the search compares (Wang et al. 2017, NormFace)."""
 
     def __init__(self, dimension: int, classes: int, scale: float):
         super().__init__()
         self.scale = scale
         self.directions = nn.Parameter(torch.randn(classes, dimension))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        return self.scale * functional.normalize(features) @ functional.normalize(self.directions).T
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
+        features = functional.normalize(features)
+        return features, self.scale * features @ functional.normalize(self.directions).T
 
 
 def learn(
@@ -102,12 +107,17 @@ def learn(
     head = InFloat32(Cosines(dimension, len(photos.classes), config.scale))  # is thrown away
     classifier = nn.Sequential(backbone, head.to(next(backbone.parameters()).device))
     labels = torch.from_numpy(photos.labels).to(next(backbone.parameters()).device)
-    size = config.view_size or preprocessing.crop
+    size = min(config.view_size or preprocessing.crop, preprocessing.crop)
     require_size(backbone.eval(), size, "the network can't take views", "view_size")
 
     def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        logits = forward(preprocessing.normalise(random_views(squares, config.least_area, size)))
-        return {"cross_entropy": functional.cross_entropy(logits, labels[positions])}
+        views = 2 if config.view_weight else 1
+        images = torch.cat([random_views(squares, config.least_area, size) for _ in range(views)])
+        features, logits = forward(preprocessing.normalise(images))
+        losses = {"cross_entropy": functional.cross_entropy(logits, labels[positions].repeat(views))}
+        if config.view_weight:
+            losses["view_pairs"] = config.view_weight * view_loss(*features.chunk(2), config.temperature)
+        return losses
 
     return train("cnn_feature_extraction", classifier, loss_of, photos, preprocessing, config, model)
 
@@ -122,14 +132,8 @@ def main(config: Config) -> Path:
     folder = locate_photos(config.data)
     if is_drawn(folder):
         config = demonstration(config, ON_DRAWN_PHOTOS)
-    network, preprocessing, weights = load_backbone(
-        config.backbone,
-        config.weights,
-        config.image_size,
-        config.pooling,
-        config.whole_photo,
-        untrained_if_missing=is_drawn(folder),
-    )
+    wanted = (config.backbone, config.weights, config.image_size, config.pooling, config.whole_photo)
+    network, preprocessing, weights = load_backbone(*wanted, untrained_if_missing=is_drawn(folder))
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
     Path(config.results).mkdir(parents=True, exist_ok=True)  # what can't be written to is better known now
 

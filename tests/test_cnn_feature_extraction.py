@@ -18,14 +18,15 @@ from cnn_feature_extraction import Cosines
 from tests.conftest import ROOT
 
 SCRIPT = "cnn_feature_extraction.py"
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--view-size", "48")
 
 
 def test_cosines_by_hand():
     head = Cosines(2, 2, 16.0)
     head.directions.data = torch.tensor([[2.0, 0], [1, 1]])
-    expected = torch.tensor([[0.0, 16 * 0.5**0.5], [16, 16 * 0.5**0.5]])
-    assert torch.allclose(head(torch.tensor([[0.0, 3], [5, 0]])), expected)
+    unit, logits = head(torch.tensor([[0.0, 3], [5, 0]]))
+    assert torch.equal(unit, torch.tensor([[0.0, 1], [1, 0]]))
+    assert torch.allclose(logits, torch.tensor([[0.0, 16 * 0.5**0.5], [16, 16 * 0.5**0.5]]))
 
 
 def read(folder):
