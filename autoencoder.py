@@ -1,10 +1,11 @@
-"""Approach 2: an autoencoder's bottleneck, k nearest neighbours by cosine similarity. No labels are used.
+"""Approach 2: an autoencoder's bottleneck, k nearest neighbours by cosine similarity. Without labels.
 
 An encoder squeezes a photo into a vector, from which a decoder rebuilds the photo; what survives is what matters
 (Hinton and Salakhutdinov 2006). Squared error of pixels alone spends the vector on colours and backgrounds. So it is to
-hold as well what a frozen pre-trained CNN sees in the photo (a perceptual loss: Hou et al. 2017, Deep Feature
-Consistent Variational Autoencoder). The encoder gets a disturbed view, and the undisturbed photo is to be rebuilt
-(Vincent et al. 2008, denoising): so crop, mirroring and light don't move a photo's vector much.
+hold as well what a frozen CNN, pre-trained on other photos, sees in this one: a perceptual loss (Hou et al. 2017, Deep
+Feature Consistent Variational Autoencoder), but on the vector itself (Romero et al. 2015, FitNets). The encoder gets a
+disturbed view, and the undisturbed photo is to be rebuilt (Vincent et al. 2008, denoising): so crop, mirroring and
+light don't move a photo's vector much. The labels of the photos are not used.
 
     python autoencoder.py
     python autoencoder.py --feature-weight 0     # pixels alone
@@ -25,7 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone, require_size
+from common.backbones import InFloat32, Preprocessing, load_backbone, preprocessing_of
 from common.config import UserError, demonstration, run
 from common.embed import Embedder, choose_device, image_of
 from common.evaluate import evaluate, seed_everything
@@ -67,9 +68,7 @@ class Config:
     whitening: float = 0.25  # of these features' principal components, from 0 (none) to 1 (all have the same variance)
 
     # Training
-    view_size: int = (
-        64  # pixels, square, of the encoder's view; less than image_size is faster, and suits crops; 0: image_size
-    )
+    view_size: int = 64  # pixels, square, of a view, at most image_size; less is faster and suits crops; 0: image_size
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
     epochs: int = 20  # times that each photo is seen
     batch_size: int = 64  # photos in a step
@@ -102,7 +101,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity()
         if stride > 1:
             self.shortcut = nn.Sequential(
-                nn.AvgPool2d(stride), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+                nn.AvgPool2d(stride, ceil_mode=True), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
             )
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:  # noqa: D102
@@ -113,7 +112,7 @@ class Encoder(nn.Sequential):
     """float [B, 3, S, S] -> the bottleneck, float32 [B, D]."""
 
     def __init__(self, width: int, dimension: int):
-        widths = [width * 2 ** min(stage, 4) for stage in range(STAGES + 1)]
+        widths = [width * 2**stage for stage in range(STAGES + 1)]
         stages = [
             Residual(widths[stage] if block == 0 else widths[stage + 1], widths[stage + 1], 2 if block == 0 else 1)
             for stage in range(STAGES)
@@ -148,6 +147,9 @@ def features_to_rebuild(config: Config, gallery: Photos, device: torch.device, c
 
     Its features' principal components, partly whitened, with mean 0 and, over all, variance 1. Without weights: [N, 0].
     """
+    nothing = torch.empty(len(gallery), 0, device=device), "none (pixels alone)"
+    if not config.feature_weight:
+        return nothing
     network, preprocessing, weights = load_backbone(
         config.backbone,
         config.weights,
@@ -155,8 +157,8 @@ def features_to_rebuild(config: Config, gallery: Photos, device: torch.device, c
         whole_photo=config.whole_photo,
         untrained_if_missing=is_drawn(gallery.folder),
     )
-    if weights == "none (untrained)" or not config.feature_weight:
-        return torch.empty(len(gallery), 0, device=device), "none (pixels alone)"
+    if weights == "none (untrained)":
+        return nothing
     frozen = Embedder(network, preprocessing, device, config.embed_batch_size)
     features = torch.from_numpy(frozen.embed_photos(gallery, cache, "features to be rebuilt"))
     return whiten(features, config.embedding_dim, config.whitening).to(device), weights
@@ -166,7 +168,7 @@ def whiten(features: torch.Tensor, dimension: int, power: float) -> torch.Tensor
     """Principal components of float32 [N, F]: float32 [N, D], with D = min(dimension, F), the largest first.
 
     A component of variance v gets the variance v^(1 - power): 0 leaves cosines as they are, 1 makes all components
-    alike (Jegou and Chum 2012, Negative Evidences and Co-occurrences in Image Retrieval). In sum it is D.
+    alike (Jegou and Chum 2012, Negative Evidences and Co-occurrences in Image Retrieval). The variances' sum is D.
     """
     features = (features - features.mean(0)).double()
     variances, directions = torch.linalg.eigh(features.T @ features / len(features))  # the smallest first
@@ -205,9 +207,7 @@ def learn(
     the history. The checkpoint keeps `model`."""
     network = Autoencoder(config.image_size, config.width, features.shape[1] or config.embedding_dim)
     network.to(features.device, memory_format=torch.channels_last)
-
-    size = config.view_size or config.image_size
-    require_size(network.eval(), size, "the encoder can't take views", "view_size")
+    size = min(config.view_size or config.image_size, config.image_size)
 
     def loss_of(forward: Callable, squares: torch.Tensor, positions: np.ndarray) -> dict[str, torch.Tensor]:
         views = random_views(squares, config.least_area, size)
@@ -236,7 +236,7 @@ def main(config: Config) -> Path:
     gallery, queries = gallery_and_queries(folder, config.queries, config.split, config.seed, cache)
     Path(config.results).mkdir(parents=True, exist_ok=True)  # what can't be written to is better known now
     features, weights = features_to_rebuild(config, gallery, device, cache)
-    preprocessing = load_backbone(config.backbone, "none", config.image_size, whole_photo=config.whole_photo)[1]
+    preprocessing = preprocessing_of(config.backbone, config.weights, config.image_size, config.whole_photo)
     model = {"backbone": f"autoencoder, width {config.width}, features of {config.backbone}", "weights": weights}
     seed_everything(config.seed)  # what came before drew more or fewer numbers, by what was in the cache
     network, history = learn(features, preprocessing, gallery, config, model)
@@ -244,20 +244,9 @@ def main(config: Config) -> Path:
     evaluation = evaluate(embedder, gallery, queries, config.seed, cache)
     errors, picture = reconstruct(network, preprocessing, queries, device)
 
-    learned = {"reconstruction": errors, "history": history}
+    found, pictures = {"reconstruction": errors, "history": history}, {"reconstructions": picture}
     seconds = time.perf_counter() - started
-    return write_report(
-        "autoencoder",
-        config,
-        gallery,
-        queries,
-        embedder,
-        model,
-        evaluation,
-        seconds,
-        learned,
-        {"reconstructions": picture},
-    )
+    return write_report("autoencoder", config, gallery, queries, embedder, model, evaluation, seconds, found, pictures)
 
 
 if __name__ == "__main__":

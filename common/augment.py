@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional
 
-LIGHT, HUE = 0.3, 0.05  # as evaluate.py disturbs: brightness, contrast, saturation +-30 %, hue +-5 % of the circle
+LIGHT, HUE = 0.3, 0.05  # brightness, contrast and saturation times 1 +- LIGHT; hue +- HUE of the colour circle
 GREY = (0.299, 0.587, 0.114)  # the luma of ITU-R BT.601
 # RGB -> a grey axis and two of colour, in which a turn changes the hue alone (YIQ of NTSC)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))

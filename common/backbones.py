@@ -115,12 +115,9 @@ def load_backbone(
     Raises:
         UserError: no such network or weights, a file that doesn't fit, or photos too small for the network.
     """
-    known = models.list_models(module=models)
-    if name not in known:
-        raise UserError(f"torchvision has no classification network {name!r}: choose one of {', '.join(known)}")
+    choices = _choices(name)
     if not 1 <= pooling <= 6:  # beyond, the powers leave the range of float32
         raise UserError(f"pooling is {pooling}: the exponent of the mean is from 1 (the average) to 6")
-    choices = models.get_model_weights(name)
     if weights == "none":
         network, used = _untrained(name), "none (untrained)"
     elif weights in choices.__members__:
@@ -132,14 +129,26 @@ def load_backbone(
             f'{weights} is neither a file nor weights of {name}: give the path of a state dict, "none", or one of '
             f"{', '.join(choices.__members__)}"
         )
-    trained_with = choices[weights] if weights in choices.__members__ else choices.DEFAULT
-    preset = trained_with.transforms()
+    preprocessing = preprocessing_of(name, weights, image_size, whole_photo)
+    network = _without_head(name, network, GeneralisedMean(pooling)).eval()
+    require_size(network, preprocessing.crop, f"{name} can't take photos", "image_size")
+    return network, preprocessing, used
+
+
+def preprocessing_of(name: str, weights: str, image_size: int, whole_photo: bool) -> Preprocessing:
+    """What the network `name` is to see; the arguments are those of `load_backbone`."""
+    choices = _choices(name)
+    preset = (choices[weights] if weights in choices.__members__ else choices.DEFAULT).transforms()
     crop = image_size or preset.crop_size[0]
     resize = crop if whole_photo else round(crop * preset.resize_size[0] / preset.crop_size[0])
-    preprocessing = Preprocessing(resize, crop, preset.interpolation, tuple(preset.mean), tuple(preset.std))
-    network = _without_head(name, network, GeneralisedMean(pooling)).eval()
-    require_size(network, crop, f"{name} can't take photos", "image_size")
-    return network, preprocessing, used
+    return Preprocessing(resize, crop, preset.interpolation, tuple(preset.mean), tuple(preset.std))
+
+
+def _choices(name: str) -> type[models.WeightsEnum]:
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"torchvision has no classification network {name!r}: choose one of {', '.join(known)}")
+    return models.get_model_weights(name)
 
 
 def require_size(network: nn.Module, size: int, complaint: str, hyperparameter: str) -> None:

@@ -15,6 +15,7 @@ from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
 from common import metrics
+from common.augment import HUE, LIGHT
 from common.embed import Embedder, image_of
 from common.files import cached_rows, parallel_map
 from common.knn import CosineKNN
@@ -26,7 +27,6 @@ LATENCY_QUERIES, WARM_UP = 200, 10
 THROUGHPUT_PHOTOS = 160
 CROP_AREA = (0.35, 0.8)  # of a disturbed photo
 JPEG_QUALITY = 50
-LIGHT, HUE = 0.3, 0.05  # brightness, contrast and saturation times 1 +- LIGHT; hue +- HUE of the colour circle
 
 
 @dataclass

@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 from torchvision import models
 
 import autoencoder
-from autoencoder import Autoencoder, Config, reconstruct, whiten
+from autoencoder import Autoencoder, Config, features_to_rebuild, reconstruct, whiten
 from common.backbones import load_backbone
 from common.photos import load_photos
 
@@ -24,6 +24,15 @@ def test_shapes():
     assert rebuilt.shape == (3, 3, 64, 64)
     assert torch.equal(bottleneck, network.encoder(torch.zeros(3, 3, 48, 48)))
     assert bottleneck.shape == (3, 10)
+    assert network.encoder(torch.zeros(3, 3, 112, 112)).shape == (3, 10)  # which can't be halved five times
+
+
+def test_pixels_alone_need_no_weights(drawn, tmp_path):
+    photos = load_photos(drawn, None)
+    config = Config(feature_weight=0.0, weights=str(tmp_path / "nowhere.pth"))
+    features, weights = features_to_rebuild(config, photos, torch.device("cpu"), None)
+    assert features.shape == (120, 0)
+    assert weights == "none (pixels alone)"
 
 
 def test_whitened_features_are_the_principal_components():
@@ -126,11 +135,3 @@ def test_a_size_that_cannot_be_halved(run_script, drawn):
     ended = run_script("autoencoder.py", "--data", str(drawn), "--image-size", "100")
     assert ended.returncode == 2
     assert "takes a multiple of 16" in ended.stderr
-
-
-def test_views_too_small(run_script, drawn):
-    ended = run_script("autoencoder.py", "--data", str(drawn), *SMALL, "--view-size", "8")
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert "the encoder can't take views of 8 x 8 pixels" in ended.stderr
-    assert "change view_size" in ended.stderr
