@@ -137,7 +137,7 @@ def test_mistakes_end_with_2_and_one_sentence(run_script, drawn, tmp_path, argum
 @pytest.mark.skipif(os.name == "nt", reason="signals differ on Windows")
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGKILL"])  # by name: Windows has no SIGKILL
 def test_stopped_while_embedding(drawn, tmp_path, offline, run_script, stop):
-    slow = ("--data", str(drawn), "--backbone", "vgg16", "--weights", "none", "--image-size", "128")
+    slow = ("--data", str(drawn), "--backbone", "vgg16", "--weights", "none", "--image-size", "224")
     command = [sys.executable, str(ROOT / SCRIPT), *slow]
     with subprocess.Popen(
         command, cwd=tmp_path, env=offline, stderr=subprocess.PIPE, stdout=subprocess.PIPE
