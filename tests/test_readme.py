@@ -8,12 +8,13 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = {
     name: json.loads((ROOT / "results" / "reference" / f"{name}.json").read_text(encoding="utf-8"))
-    for name in ("cnn_feature_extraction", "autoencoder", "siamese")
+    for name in ("cnn_feature_extraction", "autoencoder", "siamese", "siamese.class_pairs")
 }
 ROWS = (  # how a row of the table begins, which file it is from, which scores
     ("[CNN features]", "cnn_feature_extraction", "metrics"),
     ("[Autoencoder]", "autoencoder", "metrics"),
     ("[Siamese network]", "siamese", "metrics"),
+    ("Siamese network, class pairs only", "siamese.class_pairs", "metrics"),
     ("Raw pixels", "cnn_feature_extraction", "raw_pixels"),
     ("Chance", "cnn_feature_extraction", "chance"),
 )
