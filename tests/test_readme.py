@@ -11,6 +11,7 @@ REFERENCE = {
     for name in ("cnn_feature_extraction", "autoencoder", "siamese", "siamese.class_pairs")
 }
 ROWS = (  # how a row of the table begins, which file it is from, which scores
+    ("CNN features, as pre-trained", "cnn_feature_extraction", "metrics_frozen"),
     ("[CNN features]", "cnn_feature_extraction", "metrics"),
     ("[Autoencoder]", "autoencoder", "metrics"),
     ("[Siamese network]", "siamese", "metrics"),
