@@ -28,7 +28,8 @@ from torch.nn import functional
 from common.augment import random_views
 from common.backbones import InFloat32, Preprocessing, load_backbone, preprocessing_of
 from common.config import UserError, demonstration, run
-from common.embed import Embedder, choose_device, image_of
+from common.device import choose_device
+from common.embed import Embedder, image_of
 from common.evaluate import evaluate, seed_everything
 from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report

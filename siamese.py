@@ -27,7 +27,8 @@ from torch.nn import functional
 from common.augment import random_views
 from common.backbones import InFloat32, Preprocessing, load_backbone, require_size
 from common.config import demonstration, run
-from common.embed import Embedder, choose_device
+from common.device import choose_device
+from common.embed import Embedder
 from common.evaluate import evaluate, seed_everything
 from common.losses import view_loss
 from common.photos import Photos, gallery_and_queries, hold_out, is_drawn, locate_photos

@@ -20,7 +20,8 @@ from torchvision import models
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.backbones import load_backbone
 from common.config import UserError, run
-from common.embed import Embedder, choose_device, image_of
+from common.device import choose_device
+from common.embed import Embedder, image_of
 from common.photos import load_photos, locate_photos
 from common.report import environment, write_json
 

@@ -19,7 +19,7 @@ import autoencoder
 import siamese
 from common.backbones import load_backbone
 from common.config import UserError, run
-from common.embed import choose_device, choose_precision
+from common.device import choose_device, choose_precision
 from common.photos import Photos, load_photos, locate_photos
 from common.report import environment, write_json
 

@@ -1,7 +1,5 @@
 """From photos to embeddings: decoding on all cores, beside the network's work on the device."""
 
-import functools
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,57 +14,11 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from common.backbones import Preprocessing, network_digest
-from common.config import UserError
+from common.device import autocast, choose_precision, one_thread_each
 from common.files import cached_rows, parallel_map
 from common.photos import Photos, decode_photo
 
 ImageAt = Callable[[int], Image.Image]  # an index -> its RGB image
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first there is of CUDA, MPS and CPU. Raises `UserError`."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        torch.zeros(1, device=name).item()  # "meta" can be named, but holds no numbers
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"there is no device {name!r} here ({str(error).splitlines()[0]}): try --device auto"
-        ) from error
-
-
-def choose_precision(device: torch.device) -> torch.dtype:
-    """The type that convolutions are computed in: a 16-bit one where the device has matrix units for it.
-
-    On a CPU these are Intel's AMX and AMD's AVX-512 units for bfloat16: measured on two cores of an EPYC (Zen 4),
-    squeezenet1_1 and resnet18 embedded 1.7 to 2.0 times and trained 1.6 to 2.7 times as fast as in float32. On a Xeon
-    that has these instructions but no AMX, float32 was 1.0 (squeezenet1_1) to 1.5 times (resnet18) as fast.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    amx, avx512_bf16 = (
-        getattr(torch.cpu, f"_is_{units}_supported", lambda: False)() for units in ("amx_tile", "avx512_bf16")
-    )
-    return torch.bfloat16 if amx or (avx512_bf16 and "AMD" in cpu_name()) else torch.float32
-
-
-@functools.cache
-def cpu_name() -> str:
-    """What the processor calls itself, such as "AMD EPYC"; its architecture where it doesn't tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which `device` computes its convolutions and products in `precision`."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 @dataclass
@@ -103,16 +55,14 @@ class Embedder:
         core waits for another inside it, as it would with one batch spread over all. `label` names a progress bar.
         """
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with (
+            one_thread_each() as threads,
+            tqdm(desc=label, total=len(indices), unit=" photos", disable=not label) as bar,
+        ):
             embedded = parallel_map(lambda batch: self.embed_images(map(image_at, batch)), batches, ahead=threads)
-            with tqdm(desc=label, total=len(indices), unit=" photos", disable=not label) as bar:
-                for batch, embeddings in zip(batches, embedded, strict=True):
-                    bar.update(len(batch))
-                    yield batch, embeddings
-        finally:
-            torch.set_num_threads(threads)
+            for batch, embeddings in zip(batches, embedded, strict=True):
+                bar.update(len(batch))
+                yield batch, embeddings
 
     def embed(self, contents: np.ndarray, image_at: ImageAt, cache: Path | None, label: str) -> np.ndarray:
         """float32 [N, D], L2-normalised, of N images, those in `cache` not computed again.

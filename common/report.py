@@ -17,7 +17,8 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.embed import Embedder, cpu_name, image_of
+from common.device import cpu_name
+from common.embed import Embedder, image_of
 from common.evaluate import Evaluation
 from common.files import written_whole
 from common.photos import Photos, describe

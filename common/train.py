@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.backbones import Preprocessing
 from common.config import UserError
-from common.embed import autocast, choose_precision
+from common.device import autocast, choose_precision
 from common.files import parallel_map, written_whole
 from common.photos import Photos, fingerprint
 from common.squares import load_squares

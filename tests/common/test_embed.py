@@ -7,7 +7,8 @@ from PIL import Image
 
 from common.backbones import Preprocessing, load_backbone
 from common.config import UserError
-from common.embed import Embedder, choose_device, choose_precision, image_of
+from common.device import choose_device, choose_precision
+from common.embed import Embedder, image_of
 from common.photos import load_photos
 
 CPU = torch.device("cpu")

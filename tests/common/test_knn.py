@@ -2,6 +2,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
@@ -44,13 +45,27 @@ def test_same_neighbours_as_float64_brute_force(seed, count, dimension, asking, 
     assert similarities == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("centre", [1.0, 0.0, -1.0])  # similarities mostly positive, of both signs, negative
+def test_rounding_before_the_search_changes_no_neighbour(monkeypatch, precision, centre):
+    monkeypatch.setattr(knn, "choose_product_precision", lambda: precision)
+    rng = np.random.default_rng(5)
+    gallery, queries = rng.normal(size=(3000, 32)) + 1, rng.normal(size=(300, 32)) + centre
+    gallery[1000:1500] = gallery[0] + 1e-4 * gallery[1000:1500]  # 500 photos that bfloat16 can't tell apart
+    queries[0] = gallery[0]
+    similarities, indices = CosineKNN(gallery).search(queries, 100)
+    expected, expected_indices = brute_force(gallery, queries, 100)
+    assert indices.tolist() == expected_indices.tolist()
+    assert similarities == pytest.approx(expected, abs=1e-6)
+
+
 def test_blocks_give_what_one_product_gives(monkeypatch):
     rng = np.random.default_rng(0)
     gallery, queries = rng.normal(size=(500, 16)), rng.normal(size=(70, 16))
     gallery[400:450] = gallery[:50]  # equal photos in different blocks
     whole = CosineKNN(gallery).search(queries, 20)
     monkeypatch.setattr(knn, "GALLERY_BLOCK", 64)
-    monkeypatch.setattr(knn, "SCORES", 640)
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 10)
     blocks = CosineKNN(gallery).search(queries, 20)
     assert blocks[1].tolist() == whole[1].tolist() == brute_force(gallery, queries, 20)[1].tolist()
 
