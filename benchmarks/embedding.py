@@ -1,15 +1,22 @@
-"""How fast do photos on disk become embeddings?  python benchmarks/embedding.py --data FOLDER --weights FILE
+"""How fast do photos on disk become embeddings?  python benchmarks/embedding.py --data FOLDER
 
-Ours against a plain loop: a PyTorch DataLoader with a worker per core, torchvision's own transforms, float32, batches
-of 64. Both embed the same photos with the same network, in turns, in one run; a ratio above 1 says that ours is faster.
+Ours against what a user would pick instead, on the same photos, in turns in one run, for three networks:
+
+- plain_loop: a PyTorch DataLoader with a worker per core, torchvision's own transforms, float32, batches of 64
+- one_at_a_time: the same without a loader, photo by photo, as small "image to vector" packages do it
+- onnx_runtime: the same DataLoader, and the network in ONNX Runtime, float32
+- limit: decoding alone and the network alone, each with all cores, one after the other; on a GPU the slower of the two
+
+All sides are warm: networks are loaded and workers have started. A ratio above 1 says that ours is faster.
 """
 
-import statistics
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -18,12 +25,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import measure
 from common.backbones import load_backbone
-from common.config import UserError, run
-from common.device import choose_device
-from common.embed import Embedder, image_of
-from common.photos import load_photos, locate_photos
-from common.report import environment, write_json
+from common.config import run
+from common.device import choose_device, choose_precision, one_thread_each
+from common.embed import Embedder
+from common.extras import require
+from common.files import parallel_map
+from common.photos import Photos, load_photos, locate_photos
+
+NETWORKS = {"squeezenet1_1": 1, "resnet18": 2, "resnet50": 4}  # the slower take the n-th part of the photos
+BATCH = 64  # photos, of the plain loop
 
 
 @dataclass
@@ -32,11 +44,10 @@ class Config:
 
     data: str = "auto"  # a folder of photos, "sample" (drawn here), or "auto": data/ if it holds photos
     results: str = "results"  # folder of the result file
-    backbone: str = "squeezenet1_1"  # any classification network of torchvision
-    weights: str = "none"  # speed does not depend on them: a name of torchvision, the path of a state dict, or "none"
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is
-    photos: int = 1000  # how many each side embeds in a turn
-    turns: int = 5  # of each side
+    cache: str = "data/.cache"  # a folder that keeps what was found out about the photos for the next run
+    photos: int = 512  # how many each side embeds in a turn with the fastest network
+    turns: int = 3  # of each side, after one to warm up
 
 
 class PlainDataset(Dataset):
@@ -53,62 +64,111 @@ class PlainDataset(Dataset):
         return self.transform(Image.open(self.paths[index]).convert("RGB"))
 
 
-def embed_plainly(network: torch.nn.Module, loader: DataLoader, device: torch.device) -> np.ndarray:
-    """float32 [N, D]: the plain loop."""
-    with torch.no_grad():
-        features = torch.cat([network(batch.to(device)).cpu() for batch in loader])
+def unit(features: torch.Tensor) -> np.ndarray:
+    """float32 [N, D], rows of length 1."""
     return torch.nn.functional.normalize(features).numpy()
 
 
-def main(config: Config) -> None:
-    """Measures both sides in turns and writes `benchmark_embedding.json`."""
-    if not config.turns or not config.photos:
-        raise UserError(f"turns is {config.turns} and photos is {config.photos}: both need to be 1 or more")
-    device = choose_device(config.device)
-    network, preprocessing, used = load_backbone(config.backbone, config.weights)
-    plain_network = load_backbone(config.backbone, config.weights)[0].to(device)
-    plain_network.load_state_dict(network.state_dict())
-    photos = load_photos(locate_photos(config.data), cache=None)
-    photos = photos.subset(np.linspace(0, len(photos) - 1, min(config.photos, len(photos))).astype(int))
-    embedder = Embedder(network, preprocessing, device, batch_size=0)
-    paths = [photos.folder / path for path in photos.paths]
-    transform = models.get_model_weights(config.backbone).DEFAULT.transforms()
-    loader = DataLoader(PlainDataset(paths, transform), batch_size=64, num_workers=torch.get_num_threads())
+def embed_plainly(network: torch.nn.Module, loader: DataLoader, device: torch.device) -> np.ndarray:
+    """float32 [N, D]: the plain loop."""
+    with torch.no_grad():
+        return unit(torch.cat([network(batch.to(device)).cpu() for batch in loader]))
 
-    def ours() -> np.ndarray:
-        batches = embedder.stream(partial(image_of, photos), np.arange(len(photos)))
-        return np.concatenate([embeddings for _, embeddings in batches])
 
-    def plain() -> np.ndarray:
-        return embed_plainly(plain_network, loader, device)
+def embed_one_at_a_time(network: torch.nn.Module, dataset: PlainDataset, device: torch.device) -> np.ndarray:
+    """float32 [N, D]: no batches, no workers."""
+    with torch.no_grad():
+        return unit(torch.cat([network(dataset[index][None].to(device)).cpu() for index in range(len(dataset))]))
 
-    agreement = (ours() * plain()).sum(axis=1)  # also the warm-up of both
-    seconds: dict[str, list[float]] = {"ours": [], "plain_loop": []}
-    for turn in range(config.turns):
-        for name, side in (("ours", ours), ("plain_loop", plain)):
-            started = time.perf_counter()
-            side()
-            seconds[name].append(time.perf_counter() - started)
-        print(
-            f"turn {turn + 1}: "
-            + ", ".join(f"{name} {len(photos) / seconds[name][-1]:.0f} photos/s" for name in seconds)
+
+@contextmanager
+def onnx_session(network: torch.nn.Module, size: int) -> Iterator[object]:
+    """`network`, for float32 [B, 3, size, size], in ONNX Runtime."""
+    runtime, _, _ = require("onnxruntime", "onnx", "onnxscript", file="requirements-dev.txt")
+    photo = torch.zeros(2, 3, size, size)
+    with TemporaryDirectory() as folder:
+        file = f"{folder}/network.onnx"
+        batch = torch.export.Dim("batch", min=1, max=BATCH)
+        torch.onnx.export(
+            network, (photo,), file, input_names=["photos"], dynamic_shapes=({0: batch},), dynamo=True, verbose=False
         )
-    ratios = [plain_loop / ours for ours, plain_loop in zip(*seconds.values(), strict=True)]
-    result = {
-        "schema": 1,
-        "benchmark": "embedding",
-        "config": vars(config),
-        "dataset": {"name": photos.name, "photos": len(photos)},
-        "model": {"backbone": config.backbone, "weights": used},
-        "ratios": {
-            "plain_loop": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
-        },
-        "photos_per_second": {name: [len(photos) / one for one in each] for name, each in seconds.items()},
-        "cosine_between_sides": {"lowest": float(agreement.min()), "median": float(np.median(agreement))},
-        "environment": environment(device, embedder.precision),
-    }
-    print(f"ours is {statistics.median(ratios):.2f} x the plain loop ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"written: {write_json(Path(config.results) / 'benchmark_embedding.json', result)}")
+        yield runtime.InferenceSession(file, providers=runtime.get_available_providers())
+
+
+def embed_with_onnx(session: object, loader: DataLoader) -> np.ndarray:
+    """float32 [N, D]: the plain loop with another engine."""
+    return unit(torch.cat([torch.from_numpy(session.run(None, {"photos": batch.numpy()})[0]) for batch in loader]))
+
+
+def decode_alone(embedder: Embedder, photos: Photos) -> list[np.ndarray]:
+    """uint8 [S, S, 3] of each photo, on all cores."""
+    return list(
+        parallel_map(lambda at: embedder.preprocessing.square(embedder.image_at(photos, at)), range(len(photos)))
+    )
+
+
+def network_alone(embedder: Embedder, squares: list[np.ndarray]) -> np.ndarray:
+    """float32 [N, D] of ready squares, on all cores."""
+    batches = [np.stack(squares[at : at + embedder.batch_size]) for at in range(0, len(squares), embedder.batch_size)]
+    with one_thread_each() as threads:
+        return np.concatenate(list(parallel_map(embedder.embed_squares, batches, ahead=threads)))
+
+
+def ours(embedder: Embedder, photos: Photos) -> np.ndarray:
+    """float32 [N, D]: as every script of this repository embeds photos that aren't in its cache."""
+    batches = embedder.stream(partial(embedder.image_at, photos), np.arange(len(photos)))
+    return np.concatenate([embeddings for _, embeddings in batches])
+
+
+def compare(name: str, photos: Photos, config: Config) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each side in each turn, and the lowest cosine between our embeddings and the plain loop's."""
+    device = choose_device(config.device)
+    torch.manual_seed(0)
+    network, preprocessing, _ = load_backbone(name, "none")
+    plain = load_backbone(name, "none")[0].to(device)
+    plain.load_state_dict(network.state_dict())
+    embedder = Embedder(network, preprocessing, device, batch_size=0)
+    transform = models.get_model_weights(name).DEFAULT.transforms()
+    dataset = PlainDataset([photos.folder / path for path in photos.paths], transform)
+    loader = DataLoader(dataset, BATCH, num_workers=torch.get_num_threads(), persistent_workers=True)
+    squares = decode_alone(embedder, photos)
+    with onnx_session(plain.cpu(), preprocessing.crop) as session:
+        plain.to(device)
+        sides = {
+            "ours": lambda: ours(embedder, photos),
+            "plain_loop": lambda: embed_plainly(plain, loader, device),
+            "one_at_a_time": lambda: embed_one_at_a_time(plain, dataset, device),
+            "onnx_runtime": lambda: embed_with_onnx(session, loader),
+            "decode_alone": lambda: decode_alone(embedder, photos),
+            "network_alone": lambda: network_alone(embedder, squares),
+        }
+        cosine = float((sides["ours"]() * sides["plain_loop"]()).sum(axis=1).min())
+        return measure.in_turns(sides, config.turns, name), cosine
+
+
+def main(config: Config) -> None:
+    """Measures all networks and writes `benchmark_embedding.json`."""
+    measure.positive(config, "turns", "photos")
+    device = choose_device(config.device)
+    everything = load_photos(locate_photos(config.data), Path(config.cache))
+    ratios, seconds, cosines, counts = {}, {}, {}, {}
+    for name, part in NETWORKS.items():
+        counts[name] = min(len(everything), max(1, config.photos // part))
+        photos = everything.subset(np.linspace(0, len(everything) - 1, counts[name]).astype(int))
+        seconds[name], cosines[name] = compare(name, photos, config)
+        alone = zip(seconds[name]["decode_alone"], seconds[name]["network_alone"], strict=True)
+        limit = [decode + network if device.type == "cpu" else max(decode, network) for decode, network in alone]
+        rivals = {side: each for side, each in seconds[name].items() if not side.endswith("_alone")}
+        ratios |= measure.ratios({**rivals, "limit": limit}, f"_{name}")
+    measure.write(
+        "embedding",
+        config,
+        {"name": everything.name, "photos": counts},
+        ratios,
+        {"seconds": seconds, "lowest_cosine_to_plain_loop": cosines},
+        device,
+        choose_precision(device),
+    )
 
 
 if __name__ == "__main__":

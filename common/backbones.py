@@ -19,6 +19,7 @@ from torchvision import models
 from torchvision.transforms import InterpolationMode
 
 from common.config import UserError
+from common.photos import decode_photo
 
 TIMEOUT = 15.0  # seconds without an answer from the server of the weights
 
@@ -36,6 +37,11 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def decode(self, data: bytes) -> Image.Image:
+        """The RGB image in a photo's file, a JPEG at no more than about twice the size that `square` cuts from it:
+        several times faster for a camera's photos. Raises `UnreadablePhotoError`."""
+        return decode_photo(data, at_least=2 * self.resize)
+
     def square(self, image: Image.Image) -> np.ndarray:
         """uint8 [crop, crop, 3] from an RGB image: torchvision's Resize and CenterCrop in one step, without computing
         what the crop throws away."""
@@ -49,6 +55,11 @@ class Preprocessing:
     def plain(self) -> dict:
         """Its fields as plain values, for a file; `Preprocessing.from_plain` reads them back."""
         return {**dataclasses.asdict(self), "interpolation": self.interpolation.name}
+
+    @classmethod
+    def from_plain(cls, fields: dict) -> "Preprocessing":
+        """What `plain` was made of."""
+        return cls(**{**fields, "interpolation": InterpolationMode[fields["interpolation"]]})
 
     def normalise(self, squares: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, crop, crop] from RGB values in [0, 255], [B, crop, crop, 3]; laid out as it comes."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -41,9 +42,12 @@ class Embedder:
 
     def embed_images(self, images: Iterable[Image.Image]) -> np.ndarray:
         """float32 [B, D], L2-normalised, of B RGB images: one batch, on this thread."""
-        squares = torch.from_numpy(np.stack([self.preprocessing.square(image) for image in images]))
+        return self.embed_squares(np.stack([self.preprocessing.square(image) for image in images]))
+
+    def embed_squares(self, squares: np.ndarray) -> np.ndarray:
+        """float32 [B, D], L2-normalised, of what `preprocessing.square` makes of images, uint8 [B, S, S, 3]."""
         with self.turn, torch.inference_mode(), autocast(self.device, self.precision):
-            features = self.network(self.preprocessing.normalise(squares.to(self.device))).float()
+            features = self.network(self.preprocessing.normalise(torch.from_numpy(squares).to(self.device))).float()
             return functional.normalize(features).cpu().numpy()
 
     def stream(
@@ -73,13 +77,17 @@ class Embedder:
             cache: a folder, or None.
             label: for the progress bar.
         """
-        key = f"embeddings 1, {self.digest}, {self.preprocessing}, {self.precision} on {self.device.type}"
+        key = f"embeddings 2, {self.digest}, {self.preprocessing}, {self.precision} on {self.device.type}"
         empty = np.empty((0, self.dimension), np.float32)
         return cached_rows(cache, key, contents, empty, lambda missing: self.stream(image_at, missing, label))[0]
 
     def embed_photos(self, photos: Photos, cache: Path | None, label: str) -> np.ndarray:
         """float32 [N, D], L2-normalised; see `embed`."""
-        return self.embed(photos.contents, lambda index: image_of(photos, index), cache, label)
+        return self.embed(photos.contents, partial(self.image_at, photos), cache, label)
+
+    def image_at(self, photos: Photos, index: int) -> Image.Image:
+        """The RGB image of one of `photos` as the network needs it; raises `UserError` if its file has changed."""
+        return self.preprocessing.decode(photos.read(index))
 
 
 def image_of(photos: Photos, index: int) -> Image.Image:

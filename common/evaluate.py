@@ -156,13 +156,13 @@ def measure_throughput(embedder: Embedder, gallery: Photos) -> dict[str, float]:
     Over the same photos in every run, whatever the cache holds.
     """
     indices = np.linspace(0, len(gallery) - 1, min(THROUGHPUT_PHOTOS, len(gallery))).astype(int)
-    for _ in embedder.stream(partial(image_of, gallery), indices[: 2 * embedder.batch_size]):
+    for _ in embedder.stream(partial(embedder.image_at, gallery), indices[: 2 * embedder.batch_size]):
         pass  # the first batches are slow: kernels are chosen, memory is taken
     started = time.perf_counter()
-    for _ in parallel_map(lambda index: embedder.preprocessing.square(image_of(gallery, index)), indices):
+    for _ in parallel_map(lambda index: embedder.preprocessing.square(embedder.image_at(gallery, index)), indices):
         pass
     decoded = time.perf_counter()
-    for _ in embedder.stream(partial(image_of, gallery), indices):
+    for _ in embedder.stream(partial(embedder.image_at, gallery), indices):
         pass
     embedded = time.perf_counter()
     return {
@@ -178,7 +178,7 @@ def measure_latency(embedder: Embedder, knn: CosineKNN, queries: Photos) -> dict
     for turn in tqdm(range(WARM_UP + LATENCY_QUERIES), "measuring latency", unit=" queries", leave=False):
         data = files[turn % len(files)]
         started = time.perf_counter()
-        embedding = embedder.embed_images([decode_photo(data)])
+        embedding = embedder.embed_images([embedder.preprocessing.decode(data)])
         knn.search(embedding, min(5, len(knn.gallery)))
         seconds.append(time.perf_counter() - started)
     p50, p95, p99 = (1000 * np.percentile(seconds[WARM_UP:], [50, 95, 99])).tolist()

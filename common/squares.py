@@ -9,7 +9,6 @@ import numpy as np
 from tqdm import tqdm
 
 from common.backbones import Preprocessing
-from common.embed import image_of
 from common.files import parallel_map, written_whole
 from common.photos import Photos
 
@@ -27,12 +26,12 @@ def load_squares(photos: Photos, preprocessing: Preprocessing, cache: Path | Non
     """
 
     def decode(positions: np.ndarray) -> np.ndarray:
-        return np.stack([preprocessing.square(image_of(photos, position)) for position in positions])
+        return np.stack([preprocessing.square(preprocessing.decode(photos.read(position))) for position in positions])
 
     if cache is None:
         return decode
     shape = (len(photos), preprocessing.crop, preprocessing.crop, 3)
-    seen = f"squares 1, {preprocessing.resize} {preprocessing.crop} {preprocessing.interpolation.name} "
+    seen = f"squares 2, {preprocessing.resize} {preprocessing.crop} {preprocessing.interpolation.name} "
     key = hashlib.sha256(seen.encode() + photos.contents.tobytes()).hexdigest()[:32]
     file = cache / f"{key}.npy"
     array = _load(file, shape)

@@ -2,24 +2,84 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from benchmarks import measure
+from common.config import UserError
+from common.extras import require
 
-@pytest.mark.parametrize(
-    ("name", "ratios"),
-    [("embedding", {"plain_loop"}), ("training", {"limit_siamese", "limit_autoencoder"})],
-)
-def test_a_benchmark(run_script, drawn, tmp_path, name, ratios):
-    ended = run_script(f"benchmarks/{name}.py", "--data", str(drawn), "--photos", "64", "--turns", "1")
+NETWORKS = ("squeezenet1_1", "resnet18", "resnet50")
+CASES = {  # name: (arguments, ratios)
+    "embedding": (
+        ("--photos", "8"),
+        {f"{side}_{name}" for name in NETWORKS for side in ("plain_loop", "one_at_a_time", "onnx_runtime", "limit")},
+    ),
+    "exact_search": (
+        ("--weights", "none", "--sizes", "200"),
+        {f"{side}_200_top{k}" for side in ("faiss", "scikit_learn", "usearch", "limit") for k in (5, 100)},
+    ),
+    "query_latency": (("--weights", "none", "--queries", "5"), {"limit"}),
+    "scaling": (
+        ("--weights", "none", "--sizes", "200 400"),
+        {"linear_build_400", "linear_search_400", "linear_latency_400"},
+    ),
+    "training": (
+        ("--photos", "64"),
+        {"limit_siamese", "limit_autoencoder", "plain_loop_siamese", "plain_loop_autoencoder"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_benchmark(run_script, drawn, tmp_path, name):
+    arguments, ratios = CASES[name]
+    ended = run_script(f"benchmarks/{name}.py", "--data", str(drawn), "--turns", "1", *arguments)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / f"benchmark_{name}.json").read_text())
+    assert result["benchmark"] == name
     assert result["ratios"].keys() == ratios
     for ratio in result["ratios"].values():
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert (tmp_path / "results" / f"benchmark_{name}.png").read_bytes().startswith(b"\x89PNG")
+    if name == "exact_search":
+        assert all(case["largest_difference_in_similarity"] < 2e-6 for case in result["agreement_with_faiss"].values())
 
 
-@pytest.mark.parametrize("name", ["embedding", "training"])
-def test_nothing_to_measure(run_script, drawn, name):
-    ended = run_script(f"benchmarks/{name}.py", "--data", str(drawn), "--photos", "0")
-    assert ended.returncode == 2
-    assert "both need to be 1 or more" in ended.stderr
+def test_nothing_to_measure(run_script, drawn):
+    for arguments, told in (
+        (("training.py", "--photos", "0"), "photos is 0: it needs to be 1 or more"),
+        (("exact_search.py", "--weights", "none", "--sizes", "many"), "give whole numbers"),
+    ):
+        script, *flags = arguments
+        ended = run_script(f"benchmarks/{script}", "--data", str(drawn), *flags)
+        assert ended.returncode == 2
+        assert told in ended.stderr
+
+
+def test_ratios_compare_the_same_turn():
+    seconds = {"ours": [1.0, 2.0, 4.0], "plain": [3.0, 4.0, 4.0]}
+    assert measure.ratios(seconds, "_here") == {"plain_here": {"median": 2.0, "low": 1.0, "high": 3.0}}
+
+
+def test_turns_leave_out_the_warm_up():
+    calls = []
+    sides = {"ours": lambda: calls.append("ours"), "told": lambda: 7.0}
+    seconds = measure.in_turns(sides, 2, "test")
+    assert len(calls) == 3
+    assert len(seconds["ours"]) == 2
+    assert seconds["told"] == [7.0, 7.0]
+
+
+def test_a_gallery_larger_than_the_photos():
+    real = np.eye(4, dtype=np.float32)
+    assert (measure.gallery_of(2, real) == real[:2]).all()
+    filled = measure.gallery_of(50, real)
+    assert (filled[:4] == real).all()
+    assert np.linalg.norm(filled, axis=1) == pytest.approx(np.ones(50), abs=1e-6)
+    assert len(np.unique(filled, axis=0)) == 50
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(UserError, match=r"nowhere_to_be_found is missing: pip install -r requirements-extra\.txt"):
+        require("nowhere_to_be_found")

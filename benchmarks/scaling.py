@@ -1,0 +1,146 @@
+"""How does the search grow with the gallery?  python benchmarks/scaling.py --data FOLDER --weights FILE
+
+Time to build the index, queries/s with many at once, latency of one alone, and memory that a search takes beyond what
+was held before it, for galleries of growing size. A ratio such as `linear_latency_100000` compares a size with the one
+before: above 1 means that the time grew less than the gallery.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import measure
+from common.config import run
+from common.device import choose_product_precision
+from common.extras import figures
+from common.knn import CosineKNN
+
+ALONE = 50  # queries asked one at a time
+PRODUCTS = 1_000_000_000  # of a query and a gallery embedding in a turn: fewer queries where the gallery is large
+
+
+@dataclass
+class Config:
+    """What is measured. Edit it here, or override one field: --turns 5"""
+
+    data: str = "auto"  # a folder of photos, "sample" (drawn here), or "auto": data/ if it holds photos
+    results: str = "results"  # folder of the result file
+    backbone: str = "squeezenet1_1"  # any classification network of torchvision
+    weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
+    device: str = "auto"  # of the network; the search is on the CPU
+    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run
+    sizes: str = "1000 10000 100000 1000000"  # of the gallery
+    queries: int = 2000  # at once, fewer for large galleries
+    k: int = 5  # neighbours of a query
+    turns: int = 3  # of each size, after one to warm up
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """What one call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def memory_of(function: Callable[[], object]) -> int | None:
+    """Bytes that this process holds at most during a call beyond those before it; None where there is no Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        function()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def main(config: Config) -> None:
+    """Measures all sizes and writes `benchmark_scaling.json`."""
+    measure.positive(config, "turns", "queries", "k")
+    real, queries, name = measure.real_embeddings(config, config.queries)
+    sizes, ratios = {}, {}
+    for size in measure.whole_numbers(config.sizes):
+        gallery = measure.gallery_of(size, real)
+        asking = queries[: max(1, PRODUCTS // size)]
+        taken: dict[str, list[float]] = {"build": [], "search": [], "latency": []}
+        for turn in range(config.turns + 1):
+            built = seconds_of(lambda gallery=gallery: CosineKNN(gallery))
+            knn = CosineKNN(gallery)
+            searched = seconds_of(lambda knn=knn, asking=asking: knn.search(asking, config.k))
+            alone = [seconds_of(lambda one=one, knn=knn: knn.search(one[None], config.k)) for one in asking[:ALONE]]
+            if turn:
+                taken["build"].append(built)
+                taken["search"].append(searched / len(asking))
+                taken["latency"].append(statistics.median(alone))
+        sizes[size] = {
+            "queries": len(asking),
+            "build_seconds": taken["build"],
+            "queries_per_second": [1 / each for each in taken["search"]],
+            "latency_milliseconds": [1000 * each for each in taken["latency"]],
+            "gallery_bytes": gallery.nbytes,
+            "search_memory_bytes": memory_of(lambda knn=knn, asking=asking: knn.search(asking, config.k)),
+            "seconds": taken,
+        }
+        print(
+            f"{size:9,} photos: built in {min(taken['build']):.3f} s, {1 / min(taken['search']):,.0f} queries/s, "
+            f"{1000 * min(taken['latency']):.2f} ms for one, {(sizes[size]['search_memory_bytes'] or 0) / 1e6:,.0f} MB"
+        )
+    for smaller, larger in zip(list(sizes)[:-1], list(sizes)[1:], strict=True):
+        for part in ("build", "search", "latency"):
+            linear = [each * larger / smaller for each in sizes[smaller]["seconds"][part]]
+            ratios |= measure.ratios({f"linear_{part}": linear, "ours": sizes[larger]["seconds"][part]}, f"_{larger}")
+    measure.write(
+        "scaling",
+        config,
+        {"name": name, "real_embeddings": len(real), "dimension": real.shape[1]},
+        ratios,
+        {"sizes": {str(size): each for size, each in sizes.items()}},
+        torch.device("cpu"),
+        choose_product_precision(),
+        lambda file: draw(file, sizes),
+    )
+
+
+def draw(path: Path, sizes: dict[int, dict]) -> None:
+    """Four panels over the size of the gallery, with what linear growth from the largest would be."""
+    pyplot = figures()
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    at = np.array(list(sizes))
+    for axes, (field, label, scale, power) in zip(
+        panels,
+        (
+            ("build_seconds", "seconds to build", 1, 1),
+            ("queries_per_second", "queries/s, many at once", 1, -1),
+            ("latency_milliseconds", "milliseconds for one query", 1, 1),
+            ("search_memory_bytes", "memory of a search, MB", 1e-6, 0),
+        ),
+        strict=True,
+    ):
+        values = np.array([np.median(each[field] or 0) * scale for each in sizes.values()])
+        axes.loglog(at, np.maximum(values, 1e-6), "o-", color="#1f6feb")
+        if power:
+            axes.loglog(at, values[-1] * (at / at[-1]) ** power, "--", color="#9aa5b1", label="linear growth")
+            axes.legend(frameon=False, fontsize=8)
+        else:
+            axes.set_yscale("linear")
+            axes.set_ylim(0, 1.3 * max(values.max(), 1))
+        axes.set_title(label, loc="left", fontsize=10)
+        axes.set_xlabel("photos in the gallery")
+        axes.grid(color="#e3e7eb")
+    figure.savefig(path, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
