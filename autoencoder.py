@@ -29,11 +29,11 @@ from common.augment import random_views
 from common.backbones import InFloat32, Preprocessing, load_backbone, preprocessing_of
 from common.config import UserError, demonstration, run
 from common.device import choose_device
-from common.embed import Embedder, image_of
+from common.embed import Embedder
 from common.evaluate import evaluate, seed_everything
 from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report
-from common.train import train
+from common.train import below, train
 
 STAGES, BLOCKS = 4, 2  # halvings behind the encoder's first one; residual blocks of each
 DECODER_WIDTH = 64  # channels
@@ -189,7 +189,7 @@ def reconstruct(
     errors, columns = [], []
     network.eval()
     for index in range(len(queries)):
-        square = preprocessing.square(image_of(queries, index))
+        square = preprocessing.square(preprocessing.decode(queries.read(index)))
         with torch.inference_mode():
             rebuilt, _ = network(preprocessing.normalise(torch.from_numpy(square)[None].to(device)))
         pixels = (rebuilt[0] * std + mean).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
@@ -220,6 +220,15 @@ def learn(
         return losses
 
     return network, train("autoencoder", network, loss_of, photos, preprocessing, config, model)
+
+
+def restore(stored: dict) -> nn.Module:
+    """The encoder of a checkpoint: float [B, 3, S, S] -> [B, D]."""
+    state = below("encoder.", stored["network"])
+    dimension = stored["network"]["photo_decoder.0.weight"].shape[1]
+    encoder = Encoder(stored["config"]["width"], dimension)
+    encoder.load_state_dict(state)
+    return encoder
 
 
 def main(config: Config) -> Path:

@@ -33,7 +33,7 @@ from common.evaluate import evaluate, seed_everything
 from common.losses import view_loss
 from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report
-from common.train import train
+from common.train import below, train
 
 ON_DRAWN_PHOTOS = {"image_size": 96, "view_size": 64}  # instead of the defaults, to end soon
 
@@ -121,6 +121,15 @@ def learn(
         return losses
 
     return train("cnn_feature_extraction", classifier, loss_of, photos, preprocessing, config, model)
+
+
+def restore(stored: dict) -> nn.Module:
+    """The network of a checkpoint without its classifier: float [B, 3, S, S] -> [B, D]."""
+    config = stored["config"]
+    wanted = (config["backbone"], "none", config["image_size"], config["pooling"], config["whole_photo"])
+    backbone, _, _ = load_backbone(*wanted)
+    backbone.load_state_dict(below("0.", stored["network"]))
+    return backbone
 
 
 def main(config: Config) -> Path:

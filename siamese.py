@@ -101,6 +101,16 @@ def project(backbone: nn.Module, preprocessing: Preprocessing, photos: Photos, d
     return nn.Sequential(backbone, InFloat32(layer))
 
 
+def restore(stored: dict) -> nn.Module:
+    """The network of a checkpoint: float [B, 3, S, S] -> [B, D]."""
+    config, state = stored["config"], stored["network"]
+    wanted = (config["backbone"], "none", config["image_size"], config["pooling"], config["whole_photo"])
+    layer = nn.Linear(*reversed(state["1.0.weight"].shape))
+    network = nn.Sequential(load_backbone(*wanted)[0], InFloat32(layer))
+    network.load_state_dict(state)
+    return network
+
+
 def contrastive_loss(
     embeddings: torch.Tensor, labels: torch.Tensor, class_margin: float, margin: float, mining: str
 ) -> torch.Tensor:

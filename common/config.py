@@ -38,16 +38,21 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
     """An instance of `config_class` whose fields the command line may override: `--batch-size 32`.
 
     Every field needs a default; its type (int, float, str, bool or a Literal) checks the flag, and the comment behind
-    it is the flag's help. `arguments` are those of the command line unless given. A flag that doesn't fit ends the
-    process with exit code 2. Raises `UserError` for a value outside `RANGES`.
+    it is the flag's help. A tuple[str, ...] takes what stands on the command line without a flag. `arguments` are those
+    of the command line unless given. A flag that doesn't fit ends the process with exit code 2. Raises `UserError` for
+    a value outside `RANGES`.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     comments = _comments(config_class)
     for field in dataclasses.fields(config_class):
-        flags = dict.fromkeys(("--" + field.name.replace("_", "-"), "--" + field.name))
         meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        if typing.get_origin(field.type) is tuple:  # what stands on the command line without a flag
+            parser.add_argument(field.name, nargs="*", default=field.default, help=comments.get(field.name))
+            continue
+        flags = dict.fromkeys(("--" + field.name.replace("_", "-"), "--" + field.name))
+        flags |= {"-" + field.name: None} if len(field.name) == 1 else {}
         parser.add_argument(*flags, default=field.default, help=meaning, **_parsing(field.type))
     config = config_class(**vars(parser.parse_args(arguments)))
     for name, (low, high) in RANGES.items():

@@ -229,11 +229,14 @@ def is_drawn(folder: Path) -> bool:
     return (folder / DRAWN_MARK).exists()
 
 
-def load_photos(folder: Path, cache: Path | None) -> Photos:
+def load_photos(folder: Path, cache: Path | None, browsing: bool = False) -> Photos:
     """Looks at every photo below `folder`: content hash, thumbnail, and whether it can be read at all.
 
     Thumbnails are kept in `cache` for the next run; hashes are always taken anew. Raises `UserError` if there is no
     such folder, no photo, or more than `SKIPPED_LIMIT` of the files can't be used.
+
+    `browsing` is for a search that measures nothing: files of the same size and time of change are not read again,
+    photos of no class get the class "", and any number of files may be unusable.
     """
     found = find_photos(_existing(folder))
     if not found:
@@ -246,18 +249,27 @@ def load_photos(folder: Path, cache: Path | None) -> Photos:
             why[path] = f"can't be read: {error.strerror}"
             return b""
 
-    why = {path: "no class: neither its folder nor its name tells one" for path, name in found if not name}
-    classes = {path: name for path, name in found if name}
-    hashes = tqdm(
-        parallel_map(content, classes, at_once=32), "reading photos", len(classes), unit=" photos", leave=False
+    if browsing:
+        found = [(path, name or "") for path, name in found]
+    why = {path: "no class: neither its folder nor its name tells one" for path, name in found if name is None}
+    classes = {path: name for path, name in found if name is not None}
+
+    paths = list(classes)
+
+    def read(positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        hashes = parallel_map(content, [paths[position] for position in positions], at_once=32)
+        hashes = tqdm(hashes, "reading photos", len(positions), unit=" photos", leave=False)
+        hashes = np.array(list(hashes), "S64")
+        yield positions[hashes != b""], hashes[hashes != b""]
+
+    keys, known = cached_rows(
+        cache if browsing else None, "contents 1", _stamps(folder, paths), np.empty(0, "S64"), read
     )
-    contents = dict(zip(classes, hashes, strict=True))
-    paths = [path for path in classes if path not in why]
-    keys = np.array([contents[path] for path in paths], "S64")
+    paths = [path for path, could_be_read in zip(paths, known, strict=True) if could_be_read]
     thumbnails, readable = _thumbnails(folder, paths, keys, cache, why)
     paths = [path for path, good in zip(paths, readable, strict=True) if good]
     skipped = [{"path": path, "why": why[path]} for path in sorted(why)]
-    if len(skipped) > SKIPPED_LIMIT * len(found):
+    if len(skipped) > (SKIPPED_LIMIT if not browsing else 1) * len(found) or not paths:
         raise UserError(
             f"{len(skipped):,} of {len(found):,} photos in {folder} can't be used, the first being "
             f"{skipped[0]['path']} ({skipped[0]['why']}): mend or remove them, or name another folder"
@@ -273,6 +285,21 @@ def load_photos(folder: Path, cache: Path | None) -> Photos:
         thumbnails=thumbnails,
         skipped=skipped,
     )
+
+
+def _stamps(folder: Path, paths: list[str]) -> np.ndarray:
+    """For each of N files below `folder` a hash of its path, size and time of change: bytes [N] ('S64')."""
+    root = str(folder.resolve())
+
+    def stamp(path: str) -> str:
+        try:
+            status = Path(root, path).stat()
+            told = f"{root}/{path} {status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            told = f"{root}/{path} gone"
+        return hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()
+
+    return np.array([stamp(path) for path in paths], "S64")
 
 
 def _thumbnails(

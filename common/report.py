@@ -2,12 +2,15 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -122,8 +125,36 @@ def draw_neighbours(
     heading: str, subheading: str, gallery: Photos, queries: Photos, evaluation: Evaluation
 ) -> Image.Image:
     """Some queries, evenly spread, each with its nearest photos: similarity under each, a frame for right or wrong."""
-    rows = np.unique(np.linspace(0, len(queries) - 1, SHOWN_QUERIES).astype(int))
-    columns = min(SHOWN_NEIGHBOURS, evaluation.neighbours.shape[1])
+
+    def row(query: int) -> list[Tile]:
+        label = queries.labels[query]
+        neighbours = evaluation.neighbours[query, :SHOWN_NEIGHBOURS]
+        found = zip(neighbours, evaluation.similarities[query, :SHOWN_NEIGHBOURS], strict=False)
+        return [
+            Tile(image_of(queries, query), queries.classes[label]),
+            *(
+                Tile(image_of(gallery, index), f"{similarity:.3f}", RIGHT if gallery.labels[index] == label else WRONG)
+                for index, similarity in found
+            ),
+        ]
+
+    shown = np.unique(np.linspace(0, len(queries) - 1, SHOWN_QUERIES).astype(int))
+    return draw_rows(heading, subheading, map(row, shown))
+
+
+@dataclass
+class Tile:
+    """A photo in a picture, what is written under it, and the colour of its frame."""
+
+    image: Image.Image
+    label: str
+    frame: str | None = None
+
+
+def draw_rows(heading: str, subheading: str, rows: Iterable[list[Tile]]) -> Image.Image:
+    """A line for each of `rows`: a query, then its nearest photos."""
+    rows = list(rows)
+    columns = max(len(row) for row in rows) - 1
     small, large = ImageFont.load_default(14), ImageFont.load_default(20)
     row_height, top = TILE + 34, MARGIN + 84
     width = 2 * MARGIN + (1 + columns) * TILE + columns * GAP + 2 * GAP
@@ -136,23 +167,22 @@ def draw_neighbours(
     first = MARGIN + TILE + 3 * GAP
     draw.text((first, MARGIN + 56), "nearest photos, by cosine similarity", FAINT, small)
 
-    def tile(photos: Photos, index: int, x: int, y: int, frame: str | None, label: str) -> None:
-        side = TILE - 2 * FRAME
-        photo = ImageOps.fit(image_of(photos, index), (side, side), Image.Resampling.LANCZOS)
-        if frame:
-            draw.rounded_rectangle((x, y, x + TILE - 1, y + TILE - 1), FRAME, frame)
-        picture.paste(photo, (x + FRAME, y + FRAME))
-        draw.text((x + TILE / 2, y + TILE + 4), label, INK, small, anchor="ma")
-
-    for row, query in enumerate(rows):
-        y, label = top + row * row_height, queries.labels[query]
-        tile(queries, query, MARGIN, y, None, queries.classes[label])
-        for column in range(columns):
-            neighbour = evaluation.neighbours[query, column]
-            frame = RIGHT if gallery.labels[neighbour] == label else WRONG
-            similarity = f"{evaluation.similarities[query, column]:.3f}"
-            tile(gallery, neighbour, first + column * (TILE + GAP), y, frame, similarity)
+    for y, row in zip(itertools.count(top, row_height), rows, strict=False):
+        for x, tile in zip(itertools.chain((MARGIN,), itertools.count(first, TILE + GAP)), row, strict=False):
+            side = TILE - 2 * FRAME
+            photo = ImageOps.fit(tile.image, (side, side), Image.Resampling.LANCZOS)
+            if tile.frame:
+                draw.rounded_rectangle((x, y, x + TILE - 1, y + TILE - 1), FRAME, tile.frame)
+            picture.paste(photo, (x + FRAME, y + FRAME))
+            draw.text((x + TILE / 2, y + TILE + 4), shortened(tile.label, small), INK, small, anchor="ma")
     return picture
+
+
+def shortened(text: str, font: ImageFont.ImageFont, width: int = TILE + GAP) -> str:
+    """`text`, with its end cut off where it is wider than `width` pixels."""
+    while font.getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
 
 
 def summary(result: dict) -> str:

@@ -150,6 +150,11 @@ def load_checkpoint(path: Path) -> dict:
     return stored
 
 
+def below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of a state dict whose names begin with `prefix`, without it: what a submodule of that name holds."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def _resume(
     path: Path, facts: dict, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> list[dict]:

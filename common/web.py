@@ -1,0 +1,87 @@
+"""A photo from a public address of the web."""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+
+from common.config import UserError
+
+TIMEOUT = 10.0  # seconds without an answer
+LIMIT = 50_000_000  # bytes of a photo's file
+
+
+def fetch_photo(address: str) -> bytes:
+    """The file at an http(s) address, of at most `LIMIT` bytes.
+
+    Whoever can name an address could otherwise ask for what only this machine can reach: connections, those of
+    redirects included, go to public addresses alone. Raises `UserError`.
+    """
+    opener = urllib.request.OpenerDirector()  # not build_opener, which would also open ftp: and file:
+    for handler in (
+        *(_Plain(), _Secure(), urllib.request.HTTPRedirectHandler()),
+        *(urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()),
+    ):
+        opener.add_handler(handler)
+    try:
+        request = urllib.request.Request(address, headers={"User-Agent": "image-similarity-search"})
+        answer = opener.open(request, timeout=TIMEOUT)
+        if answer is None:
+            raise UserError("only http and https addresses can be fetched")
+        with answer:
+            data = answer.read(LIMIT + 1)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"the server answered {error.code} {error.reason}") from error
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, UserError):
+            raise reason from error
+        raise UserError(f"can't be fetched ({reason})") from error
+    if len(data) > LIMIT:
+        raise UserError(f"the file is larger than {LIMIT // 1_000_000} MB")
+    return data
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address can be reached from anywhere: not loopback, private, link-local, multicast ..."""
+    found = ipaddress.ip_address(address.split("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or found
+    return found.is_global and not found.is_multicast
+
+
+def _connect(host: str, port: int, timeout: float) -> socket.socket:
+    """A connection to `host` if all its addresses are public; what is checked is what is connected to."""
+    places = [place[:2] for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if private := [place[0] for place in places if not is_public(place[0])]:
+        raise UserError(f"{host} is {private[0]}, which is not a public address: fetch the photo yourself")
+    problem: OSError | None = None
+    for place in places:
+        try:
+            return socket.create_connection(place, timeout)
+        except OSError as error:
+            problem = error
+    raise problem or OSError("no address")
+
+
+class _Connection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = _connect(self.host, self.port, self.timeout)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        plain = _connect(self.host, self.port, self.timeout)
+        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _Secure(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, request)

@@ -1,0 +1,273 @@
+"""Which approach is best at what?  python compare.py [FILE ...]
+
+Reads result files, those in results/ unless some are named, and writes one table, to the screen and to
+`results/comparison.md`, with a picture beside it: quality against latency, precision at every k, training curves. Files
+that can't be compared, being of other photos, another split or another seed, are refused.
+
+`--map` draws for each approach with a checkpoint a map of some queries, laid out by t-SNE (van der Maaten and Hinton
+2008) of their embeddings: what lies together there is alike to the approach.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.optimize import linear_sum_assignment
+from sklearn.manifold import TSNE
+
+from common.config import UserError, run
+from common.extras import figures
+from common.files import written_whole
+from common.photos import gallery_and_queries, locate_photos
+from common.report import FAINT, INK, MARGIN, PAPER, SCHEMA
+from search import APPROACHES, load_embedder
+
+QUALITY = ("precision@5", "accuracy@5", "map@100", "instance_hit_rate@1")
+KS = (1, 5, 10, 100)
+FLOORS = {"raw_pixels": "raw pixels, 32 x 32", "chance": "chance"}
+COLOURS = ("#1f6feb", "#d64541", "#2e9e5b", "#8250df", "#bf8700", "#0a7ea4", "#cf222e", "#57606a")
+MAP_TILE = 64  # pixels of a photo on a map
+
+Result = dict
+
+
+@dataclass
+class Config:
+    """What to compare. Name files to compare others than those in results/: python compare.py a.json b.json"""
+
+    files: tuple[str, ...] = field(default=())  # result files; none: all in the results folder
+    results: str = "results"  # folder of the result files and checkpoints, and of what is written
+    map: bool = False  # draw a map of some queries for each approach that has a checkpoint
+    map_photos: int = 300  # queries on a map
+    seed: int = 0  # of the maps
+
+
+def read_results(config: Config) -> dict[str, Result]:
+    """The result files by name without suffix; raises `UserError` for what isn't one, and if there is none."""
+    named = [Path(file) for file in config.files]
+    paths = named or sorted(Path(config.results).glob("*.json"))
+    results = {}
+    for path in paths:
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSON and UTF-8
+            raise UserError(f"{path} holds no JSON ({error}): remove it, or name the files to compare") from error
+        if isinstance(result, dict) and "benchmark" in result:
+            continue
+        if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+            found = result.get("schema") if isinstance(result, dict) else None
+            raise UserError(
+                f"{path} is no result file of schema {SCHEMA} (its schema is {found!r}): run its script anew"
+            )
+        if path.stem in results:
+            raise UserError(f"two files are called {path.name}: rename one, as the table goes by names")
+        results[path.stem] = result
+    if not results:
+        raise UserError(
+            f"there is no result file in {config.results}: run an approach first, such as python siamese.py"
+        )
+    return results
+
+
+def require_comparable(results: dict[str, Result]) -> None:
+    """Raises `UserError`, with the field that differs, unless all results have the same photos, split and seed."""
+    (first, reference), *others = results.items()
+    for name, result in others:
+        for part, key in (("dataset", "fingerprint"), ("config", "split"), ("config", "seed")):
+            here, there = reference[part][key], result[part][key]
+            if here != there:
+                if key == "fingerprint":
+                    here, there = (f"that of {each['dataset']['name']}" for each in (reference, result))
+                raise UserError(
+                    f"{first} and {name} can't be ranked: their {part}.{key} differs, {here} and {there}. Name the "
+                    "files to compare, or run one of them anew"
+                )
+
+
+def ties(scores: dict[str, dict[str, float]]) -> set[str]:
+    """The names of the best score and of those that it can't be told from: whose intervals overlap."""
+    best = max(scores.values(), key=lambda score: score["value"])
+    return {name for name, score in scores.items() if score["high"] >= best["low"] or score is best}
+
+
+def remarks(result: Result) -> str:
+    """What a reader must know of a result: drawn photos, untrained weights."""
+    told = []
+    if "drawn sample" in result["dataset"]["name"]:
+        told.append("drawn photos")
+    if "untrained" in result["model"]["weights"]:
+        told.append("untrained weights")
+    return f" ({', '.join(told)})" if told else ""
+
+
+def rows_of(results: dict[str, Result]) -> list[list[str]]:
+    """The cells of the table: a row for each result, those before training and the floors beneath."""
+    costs: dict[str, tuple[Callable[[Result], float], str, Callable]] = {  # how to read it, format, what is best
+        "training, min": (lambda result: result["timing"]["train_seconds"] / 60, ".1f", min),
+        "photos/s": (lambda result: result["timing"]["embed_photos_per_second"], ",.0f", max),
+        "ms per query": (lambda result: result["timing"]["query_latency_ms"]["p50"], ".1f", min),
+        "dimensions": (lambda result: result["model"]["embedding_dim"], "d", min),
+    }
+    winners = {
+        metric: ties(
+            {name: result["metrics"][metric] for name, result in results.items() if metric in result["metrics"]}
+        )
+        for metric in QUALITY
+    }
+    best = {label: choose(read(result) for result in results.values()) for label, (read, _, choose) in costs.items()}
+
+    def score(scores: dict, metric: str, bold: bool) -> str:
+        if metric not in scores:
+            return ""
+        value, half = scores[metric]["value"], (scores[metric]["high"] - scores[metric]["low"]) / 2
+        return f"**{value:.3f}** ± {half:.3f}" if bold else f"{value:.3f} ± {half:.3f}"
+
+    rows = [["approach", *QUALITY, *costs]]
+    for name, result in results.items():
+        cells = [score(result["metrics"], metric, name in winners[metric]) for metric in QUALITY]
+        for label, (read, form, _) in costs.items():
+            text = format(read(result), form)
+            alone = len({read(other) for other in results.values()}) > 1
+            cells.append(f"**{text}**" if alone and read(result) == best[label] else text)
+        script = Path(f"{result['approach']}.py")
+        rows.append([f"[{name}]({script}){remarks(result)}", *cells])
+        if "metrics_frozen" in result:
+            frozen = [score(result["metrics_frozen"], metric, False) for metric in QUALITY]
+            rows.append([f"{name}, before training", *frozen, *[""] * len(costs)])
+    floors = next(iter(results.values()))["baselines"]
+    for floor, label in FLOORS.items():
+        rows.append([label, *(score(floors[floor], metric, False) for metric in QUALITY), *[""] * len(costs)])
+    return rows
+
+
+def table(results: dict[str, Result]) -> str:
+    """The comparison in Markdown, with a line on how to read it."""
+    head, *rows = rows_of(results)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    first = next(iter(results.values()))
+    dataset = first["dataset"]
+    lines += [
+        "",
+        f"{dataset['gallery']:,} photos of {dataset['name']} in the gallery, {dataset['queries']:,} queries, split "
+        f"{first['config']['split']}, seed {first['config']['seed']}; {first['environment']['cpu']}. ± is half the "
+        "95 % interval. **Bold**: the best of a column, and each score whose interval overlaps the best's: a tie.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, results: dict[str, Result]) -> None:
+    """Three panels: precision@5 against latency, precision at every k, loss of every epoch."""
+    pyplot = figures()
+    figure, (quality, precision, training) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for colour, (name, result) in zip(COLOURS * math.ceil(len(results) / len(COLOURS)), results.items(), strict=False):
+        label, scores = name + remarks(result), result["metrics"]
+        score, latency = scores["precision@5"], result["timing"]["query_latency_ms"]["p50"]
+        spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
+        quality.errorbar(latency, score["value"], spread, fmt="o", color=colour, capsize=4, label=label)
+        ks = [k for k in KS if f"precision@{k}" in scores]
+        precision.plot(ks, [scores[f"precision@{k}"]["value"] for k in ks], "o-", color=colour, label=label)
+        if result["history"]:
+            losses = np.array([epoch["loss"] for epoch in result["history"]])
+            training.plot(range(1, len(losses) + 1), losses / losses[0], "o-", color=colour, label=label)
+    floors = next(iter(results.values()))["baselines"]
+    for (floor, label), style in zip(FLOORS.items(), ("--", ":"), strict=True):
+        ks = [k for k in KS if f"precision@{k}" in floors[floor]]
+        precision.plot(ks, [floors[floor][f"precision@{k}"]["value"] for k in ks], style, color="#57606a", label=label)
+    quality.set(xlabel="milliseconds from a photo to its neighbours (p50)", ylabel="precision@5, 95 % interval")
+    quality.set_xlim(0, 1.25 * max(result["timing"]["query_latency_ms"]["p50"] for result in results.values()))
+    precision.set(xlabel="k", ylabel="precision@k", xscale="log")
+    precision.set_xticks(KS, [str(k) for k in KS])
+    precision.minorticks_off()
+    training.set(xlabel="epoch", ylabel="loss, as a share of the first epoch's")
+    training.xaxis.get_major_locator().set_params(integer=True)
+    for axes, title in (
+        (quality, "quality against latency"),
+        (precision, "precision at every k"),
+        (training, "training"),
+    ):
+        axes.set_title(title, loc="left")
+        axes.grid(color="#e3e7eb")
+        axes.set_axisbelow(True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+        else:
+            axes.text(0.5, 0.5, "nothing was trained", ha="center", transform=axes.transAxes, color="#57606a")
+    figure.savefig(path, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def layout(embeddings: np.ndarray, seed: int, side: int) -> np.ndarray:
+    """A place on a grid of `side` x `side` for each of float32 [N, D]: int [N, 2], column and row, none taken twice.
+
+    t-SNE lays them out, and each goes to a free place near its own, with the least way in all.
+    """
+    perplexity = min(30.0, max(1.0, (len(embeddings) - 1) / 3))
+    places = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
+    low, high = places.min(0), places.max(0)
+    places = (places - low) / np.maximum(high - low, 1e-9) * (side - 1)
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
+    ways = np.square(places[:, None] - grid[None]).sum(axis=2)
+    return grid[linear_sum_assignment(ways)[1]]
+
+
+def draw_map(path: Path, approach: str, config: Config) -> None:
+    """Some queries of an approach, with what it calls alike side by side and a frame in the colour of their class."""
+    embedder, stored = load_embedder(approach, Path(config.results), "auto")
+    own = stored["config"]
+    cache = None if own["cache"] == "none" else Path(own["cache"])
+    _, queries = gallery_and_queries(locate_photos(own["data"]), own["queries"], own["split"], own["seed"], cache)
+    shown = np.linspace(0, len(queries) - 1, min(config.map_photos, len(queries))).astype(int)
+    photos = queries.subset(np.unique(shown))
+    side = max(2, math.ceil(1.25 * math.sqrt(len(photos))))
+    places = layout(embedder.embed_photos(photos, cache, "embedding the queries"), config.seed, side)
+    top, frame = 2 * MARGIN + 40, 3
+    picture = Image.new("RGB", (2 * MARGIN + side * MAP_TILE, top + side * MAP_TILE + MARGIN), PAPER)
+    pen, small, large = ImageDraw.Draw(picture), ImageFont.load_default(14), ImageFont.load_default(20)
+    pen.text((MARGIN, MARGIN - 8), f"{approach}: what it calls alike lies together", INK, large)
+    x = MARGIN
+    for name, colour in zip(photos.classes, itertools.cycle(COLOURS), strict=False):
+        pen.rectangle((x, MARGIN + 26, x + 12, MARGIN + 38), colour)
+        pen.text((x + 18, MARGIN + 24), name, FAINT, small)
+        x += 40 + round(small.getlength(name))
+    for index, (column, row) in enumerate(places):
+        left, upper = MARGIN + column * MAP_TILE, top + row * MAP_TILE
+        colour = COLOURS[photos.labels[index] % len(COLOURS)]
+        pen.rectangle((left, upper, left + MAP_TILE - 3, upper + MAP_TILE - 3), colour)
+        inside = MAP_TILE - 2 - 2 * frame
+        thumbnail = ImageOps.fit(embedder.image_at(photos, index), (inside, inside), Image.Resampling.LANCZOS)
+        picture.paste(thumbnail, (left + frame, upper + frame))
+    with written_whole(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def main(config: Config) -> None:
+    """Prints the table and writes `comparison.md`, `comparison.png` and the maps asked for."""
+    if config.map_photos < 4:
+        raise UserError(f"map_photos is {config.map_photos}: a map needs 4 or more")
+    results = read_results(config)
+    require_comparable(results)
+    text = table(results)
+    print(text)
+    folder = Path(config.results)
+    with written_whole(folder / "comparison.png") as picture, written_whole(folder / "comparison.md") as file:
+        draw(picture, results)
+        file.write_text(text, encoding="utf-8")
+    print(f"written: {folder / 'comparison.md'} and .png")
+    if config.map:
+        mapped = [approach for approach in APPROACHES if (folder / f"{approach}.pt").exists()]
+        if not mapped:
+            raise UserError(
+                f"{folder} holds no checkpoint (.pt) to draw a map of: train an approach, such as siamese.py"
+            )
+        for approach in mapped:
+            draw_map(folder / f"{approach}.map.png", approach, config)
+            print(f"written: {folder / f'{approach}.map.png'}")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
