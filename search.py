@@ -5,6 +5,7 @@ draws them. The photos may be files, folders and http(s) addresses; `--index FOL
 photos are embedded once, and later only those that are new or have changed.
 """
 
+import hashlib
 import importlib
 import sys
 import time
@@ -28,8 +29,8 @@ from common.train import load_checkpoint
 from common.web import fetch_photo
 
 APPROACHES = ("siamese", "autoencoder", "cnn_feature_extraction")
-SHOWN = 12  # queries in the picture
-SIDE = 256  # pixels of a photo kept for the picture
+SHOWN, DRAWN = 12, 10  # queries in the picture, and neighbours of each
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom
 
 
 @dataclass
@@ -46,6 +47,17 @@ class Config:
 
 
 @dataclass
+class Answer:
+    """The nearest photos of a gallery to one that was asked with."""
+
+    image: Image.Image  # what was looked for
+    found: list[int]  # indices in the gallery, the nearest first
+    similarities: list[float]  # cosines
+    itself: int | None  # the index of the very photo in the gallery, which is left out
+    milliseconds: dict[str, float]  # of "decode", "network" and "search"
+
+
+@dataclass
 class Engine:
     """An approach's network and the photos that it searches, ready to answer."""
 
@@ -54,20 +66,40 @@ class Engine:
     gallery: Photos
     knn: CosineKNN
 
-    def search(self, embedding: np.ndarray, k: int, exclude: int = -1) -> list[tuple[int, float]]:
-        """The k nearest photos of float32 [D]: (index in the gallery, cosine similarity), the nearest first.
+    def ask(self, data: bytes, k: int, box: tuple[float, float, float, float] = WHOLE) -> Answer:
+        """The k nearest photos, or as many as there are, to the one in a file, which itself is not found.
 
-        `exclude` is the index of a photo not to be found. Fewer than k if the gallery is smaller.
+        `box` is the part of the photo that counts: left, top, right and bottom as shares of its sides, in [0, 1].
+        Raises `UnreadablePhotoError`.
         """
-        k = min(k, len(self.gallery) - (exclude >= 0))
-        if not k:
-            return []
-        similarities, indices = self.knn.search(embedding[None], k, np.array([exclude]) if exclude >= 0 else None)
-        return list(zip(indices[0].tolist(), similarities[0].tolist(), strict=True))
+        started = time.perf_counter()
+        left, top, right, bottom = box
+        image = self.embedder.preprocessing.decode(data, min(right - left, bottom - top))
+        if box != WHOLE:
+            width, height = image.size
+            edges = round(left * width), round(top * height), round(right * width), round(bottom * height)
+            image = image.crop((*edges[:2], max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)))
+        decoded = time.perf_counter()
+        embedding = self.embedder.embed_images([image])
+        embedded = time.perf_counter()
+        same = np.flatnonzero(self.gallery.contents == hashlib.sha256(data).hexdigest().encode())
+        itself = int(same[0]) if len(same) else None
+        k = min(k, len(self.gallery) - (itself is not None))
+        similarities, found = np.empty((1, 0)), np.empty((1, 0), int)
+        if k:
+            exclude = None if itself is None else np.array([itself])
+            similarities, found = self.knn.search(embedding, k, exclude)
+        times = np.diff([started, decoded, embedded, time.perf_counter()]) * 1000
+        milliseconds = dict(zip(("decode", "network", "search"), times.tolist(), strict=True))
+        return Answer(image, found[0].tolist(), similarities[0].tolist(), itself, milliseconds)
 
     def class_of(self, index: int) -> str:
-        """The class of a photo of the gallery."""
+        """The class of a photo of the gallery; "" if it has none."""
         return self.gallery.classes[self.gallery.labels[index]]
+
+    def path_of(self, index: int) -> Path:
+        """The file of a photo of the gallery."""
+        return self.gallery.folder / self.gallery.paths[index]
 
 
 def load_embedder(approach: str, results: Path, device: str) -> tuple[Embedder, dict]:
@@ -118,6 +150,15 @@ def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserErro
             yield name, error
 
 
+def tell(engine: Engine, name: str, answer: Answer) -> None:
+    """Prints what was found."""
+    print(f"\n{name}  ({sum(answer.milliseconds.values()):.0f} ms)")
+    if answer.itself is not None:
+        print(f"      itself in the gallery, and left out: {engine.path_of(answer.itself)}")
+    for rank, (index, similarity) in enumerate(zip(answer.found, answer.similarities, strict=True), 1):
+        print(f"{rank:4}  {similarity:.3f}  {engine.class_of(index)}  {engine.path_of(index)}")
+
+
 def main(config: Config) -> None:
     """Prints the neighbours of each photo and draws them into `search.png`; raises `UserError` if one can't be read."""
     if not config.photos:
@@ -131,19 +172,13 @@ def main(config: Config) -> None:
         try:
             if isinstance(data, UserError):
                 raise data
-            started = time.perf_counter()
-            image = engine.embedder.preprocessing.decode(data)
-            found = engine.search(engine.embedder.embed_images([image])[0], config.k)
+            answer = engine.ask(data, config.k)
         except (UserError, UnreadablePhotoError) as error:
             print(f"error: {name}: {error}", file=sys.stderr)
             failed += 1
-            continue
-        print(f"\n{name}  ({1000 * (time.perf_counter() - started):.0f} ms)")
-        for rank, (index, similarity) in enumerate(found, 1):
-            path = engine.gallery.folder / engine.gallery.paths[index]
-            print(f"{rank:4}  {similarity:.3f}  {engine.class_of(index)}  {path}")
-        if len(rows) < SHOWN:
-            rows.append(row_of(engine, Path(name).name, image, found))
+        else:
+            tell(engine, name, answer)
+            rows += [row_of(engine, Path(name).name, answer)] if len(rows) < SHOWN else []
     if rows:
         path = Path(config.results) / "search.png"
         subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"
@@ -154,14 +189,16 @@ def main(config: Config) -> None:
         raise UserError(f"{failed} of the photos could not be searched for")
 
 
-def row_of(engine: Engine, name: str, image: Image.Image, found: list[tuple[int, float]]) -> list[Tile]:
-    """The query and its neighbours as they are drawn."""
-    image.thumbnail((SIDE, SIDE))
-    tiles = [Tile(image, name)]
-    for index, similarity in found:
-        neighbour = engine.embedder.image_at(engine.gallery, index)
-        tiles.append(Tile(neighbour, f"{similarity:.3f} {engine.class_of(index)}"))
-    return tiles
+def row_of(engine: Engine, name: str, answer: Answer) -> list[Tile]:
+    """The query and its nearest photos as they are drawn."""
+    found = zip(answer.found[:DRAWN], answer.similarities, strict=False)
+    return [
+        Tile(answer.image, name),
+        *(
+            Tile(engine.embedder.image_at(engine.gallery, index), f"{similarity:.3f} {engine.class_of(index)}")
+            for index, similarity in found
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes, share: float = 1.0) -> Image.Image:
         """The RGB image in a photo's file, a JPEG at no more than about twice the size that `square` cuts from it:
-        several times faster for a camera's photos. Raises `UnreadablePhotoError`."""
-        return decode_photo(data, at_least=2 * self.resize)
+        several times faster for a camera's photos. Of its sides, a `share` is to be used. Raises
+        `UnreadablePhotoError`."""
+        return decode_photo(data, at_least=round(2 * self.resize / share))
 
     def square(self, image: Image.Image) -> np.ndarray:
         """uint8 [crop, crop, 3] from an RGB image: torchvision's Resize and CenterCrop in one step, without computing
