@@ -1,8 +1,8 @@
 """An alternative to Google Lens, in the browser:  python app.py
 
-Opens a page on this machine alone: give it a photo, and it shows the photos that look most like it to one approach or to
-all side by side. It searches the gallery that the approaches were trained on, or with `--index FOLDER` a folder of your
-own, and asks nothing of other hosts.
+Opens a page on this machine alone: give it a photo, and it shows the photos that look most like it to one approach or
+to all side by side. It searches the gallery that the approaches were trained on, or with `--index FOLDER` a folder of
+your own, and asks nothing of other hosts.
 """
 
 import os
@@ -213,30 +213,33 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
     return page
 
 
-def main(config: Config) -> None:
-    """Loads the approaches and serves the page until it is stopped."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = (
-        "False"  # read when gradio is imported: it would ask for its newest version
-    )
-    (gradio,) = require("gradio")
-    page = build_page(gradio, load_engines(config))
-    theme = gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
+def launch(gradio: ModuleType, page: Any, port: int, max_megabytes: int, open_browser: bool, wait: bool) -> None:
+    """Serves the page on this machine alone, until it is stopped, or, without `wait`, until `page.close()`."""
     try:
         page.launch(
             server_name="127.0.0.1",
-            server_port=config.port,
-            inbrowser=config.open_browser,
+            server_port=port,
+            inbrowser=open_browser,
+            prevent_thread_lock=not wait,
             share=False,
-            max_file_size=f"{config.max_megabytes}mb",
-            theme=theme,
+            max_file_size=f"{max_megabytes}mb",
+            theme=gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace")),
             css=CSS,
             footer_links=[],
             ssr_mode=False,
-            quiet=True,
+            quiet=not wait,
             show_error=True,
         )
     except OSError as error:
-        raise UserError(f"port {config.port} can't be used ({error}): choose another with --port") from error
+        raise UserError(f"port {port} can't be used ({error}): choose another with --port") from error
+
+
+def main(config: Config) -> None:
+    """Loads the approaches and serves the page until it is stopped."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import; it would ask which version is the newest
+    (gradio,) = require("gradio")
+    page = build_page(gradio, load_engines(config))
+    launch(gradio, page, config.port, config.max_megabytes, config.open_browser, wait=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,18 @@ def offline(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **nowhere, "no_proxy": "", "NO_PROXY": "", "TORCH_HOME": str(tmp_path / "torch")}
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
+    """Results of each approach with a small checkpoint, trained on the drawn photos; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    small = ("--data", str(drawn), "--weights", "none", "--epochs", "1", "--image-size", "64", "--view-size", "64")
+    for script, more in (("siamese", ("--margin", "1.5")), ("autoencoder", ()), ("cnn_feature_extraction", ())):
+        backbone = ("--backbone", "squeezenet1_1") if script != "autoencoder" else ("--feature-weight", "0")
+        command = [sys.executable, str(ROOT / f"{script}.py"), *small, *backbone, *more]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=300)
+    return folder / "results"
+
+
 @pytest.fixture
 def run_script(tmp_path: Path, offline: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
     """Runs a script of the repository from the shell, in an empty folder and without a network."""

@@ -3,6 +3,7 @@
 import json
 import re
 
+from compare import Config, read_results, table
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -10,35 +11,32 @@ REFERENCE = {
     name: json.loads((ROOT / "results" / "reference" / f"{name}.json").read_text(encoding="utf-8"))
     for name in ("cnn_feature_extraction", "autoencoder", "siamese", "siamese.class_pairs")
 }
-ROWS = (  # how a row of the table begins, which file it is from, which scores
-    ("CNN features, as pre-trained", "cnn_feature_extraction", "metrics_frozen"),
-    ("[CNN features]", "cnn_feature_extraction", "metrics"),
-    ("[Autoencoder]", "autoencoder", "metrics"),
-    ("[Siamese network]", "siamese", "metrics"),
-    ("Siamese network, class pairs only", "siamese.class_pairs", "metrics"),
-    ("Raw pixels", "cnn_feature_extraction", "raw_pixels"),
-    ("Chance", "cnn_feature_extraction", "chance"),
-)
+SPEEDS = {  # how a row of the table begins: (benchmark, ratio)
+    "exact search, 18,000 photos, 5 neighbours | faiss": ("exact_search", "faiss_18000_top5"),
+    "exact search, 18,000 photos, 100 neighbours | faiss": ("exact_search", "faiss_18000_top100"),
+    "exact search, 1,000,000 photos, 5 neighbours | faiss": ("exact_search", "faiss_1000000_top5"),
+    "exact search, 18,000 photos, 5 neighbours | scikit-learn": ("exact_search", "scikit_learn_18000_top5"),
+    "exact search, 18,000 photos, 5 neighbours | usearch": ("exact_search", "usearch_18000_top5"),
+    "files to embeddings, squeezenet1_1 | plain PyTorch loop": ("embedding", "plain_loop_squeezenet1_1"),
+    "files to embeddings, squeezenet1_1 | ONNX Runtime": ("embedding", "onnx_runtime_squeezenet1_1"),
+    "files to embeddings, resnet18 | plain PyTorch loop": ("embedding", "plain_loop_resnet18"),
+    "files to embeddings, resnet50 | plain PyTorch loop": ("embedding", "plain_loop_resnet50"),
+    "files to embeddings, squeezenet1_1 | limit: decoding, then the network": ("embedding", "limit_squeezenet1_1"),
+    "training, siamese.py | plain PyTorch loop": ("training", "plain_loop_siamese"),
+    "training, autoencoder.py | plain PyTorch loop": ("training", "plain_loop_autoencoder"),
+    "training, siamese.py | limit: ready random pixels": ("training", "limit_siamese"),
+    "training, autoencoder.py | limit: ready random pixels": ("training", "limit_autoencoder"),
+    "one query | limit: the sum of its parts alone": ("query_latency", "limit"),
+}
 
 
-def row(start: str) -> list[str]:
-    (line,) = (line for line in README.splitlines() if line.startswith(f"| {start}"))
-    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+def measured(benchmark: str) -> dict:
+    return json.loads((ROOT / "results" / "reference" / f"benchmark_{benchmark}.json").read_text(encoding="utf-8"))
 
 
-def shown(result: dict, part: str) -> list[str]:
-    scores = result[part] if part in result else result["baselines"][part]
-    names = ("precision@5", "accuracy@5", "map@100", "instance_hit_rate@1")
-    measured = [f"{scores[name]['value']:.3f}" if name in scores else "" for name in names]
-    if part != "metrics":
-        return [*measured, "", ""]
-    minutes = sum(epoch["seconds"] for epoch in result["history"]) / 60
-    return [*measured, f"{minutes:.0f}" if minutes else "", f"{result['timing']['query_latency_ms']['p50']:.1f}"]
-
-
-def test_the_table_is_the_reference_files():
-    for start, name, part in ROWS:
-        assert row(start) == shown(REFERENCE[name], part), start
+def test_the_table_is_what_compare_makes_of_the_reference_files():
+    files = sorted(str(path) for path in (ROOT / "results" / "reference").glob("*.json"))
+    assert table(read_results(Config(files=tuple(files)))) in README
 
 
 def test_the_reference_runs_are_what_the_readme_says():
@@ -49,11 +47,11 @@ def test_the_reference_runs_are_what_the_readme_says():
 
 
 def test_the_speeds_are_those_of_the_benchmarks():
-    text = " ".join(README.split())
-    for benchmark, ratio, words in (("embedding", "plain_loop", "embeddings, {:.1f} times as fast"),):
-        path = ROOT / "results" / "reference" / f"benchmark_{benchmark}.json"
-        measured = json.loads(path.read_text(encoding="utf-8"))["ratios"][ratio]["median"]
-        assert words.format(measured) in text
+    for start, (benchmark, ratio) in SPEEDS.items():
+        values = measured(benchmark)["ratios"][ratio]
+        assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in README
+    latency = measured("query_latency")["milliseconds"]["whole"]
+    assert f"{latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in " ".join(README.split())
 
 
 def test_the_validation_runs_are_what_the_readme_says():
@@ -69,7 +67,7 @@ def test_the_validation_runs_are_what_the_readme_says():
 
 def test_files_and_flags_that_are_named_exist(run_script):
     assert all((ROOT / name).exists() for name in re.findall(r"\]\(([^)#:]+)\)", README))
-    scripts = ("cnn_feature_extraction.py", "autoencoder.py", "siamese.py")
+    scripts = ("cnn_feature_extraction.py", "autoencoder.py", "siamese.py", "compare.py", "search.py", "app.py")
     told = "".join(run_script(script, "--help").stdout for script in scripts)
     flags = set(re.findall(r"--[a-z][a-z-]+", README))
     assert len(flags) > 8

@@ -7,7 +7,6 @@ from PIL import Image
 
 from common.backbones import Preprocessing, load_backbone
 from common.config import UserError
-from common.device import choose_device, choose_precision
 from common.embed import Embedder, image_of
 from common.photos import load_photos
 
@@ -95,14 +94,6 @@ def test_a_file_that_goes_while_in_use_is_named(drawn, embedder, tmp_path):
     copy.unlink()
     with pytest.raises(UserError, match=r"cat\.0\.jpg can't be read any more"):
         embedder.embed_photos(photos, None, "")
-
-
-def test_devices():
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="no device 'abacus'"):
-        choose_device("abacus")
-    assert choose_precision(CPU) in (torch.float32, torch.bfloat16)
 
 
 def test_bfloat16_keeps_the_direction(photos, embedder):

@@ -1,0 +1,239 @@
+"""The page in a real browser, as a user meets it: headless Chromium, driven by Playwright."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app import part_of
+from tests.conftest import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+PATIENCE = 20_000  # milliseconds
+
+browser_test = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def address(trained, tmp_path_factory):
+    """The page of `python app.py`, served as a user would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ("--port", str(port), "--no-open-browser", "--results", str(trained), "--max-megabytes", "5")
+    folder = tmp_path_factory.mktemp("served")
+    with (folder / "log").open("w") as log:
+        served = subprocess.Popen([sys.executable, ROOT / "app.py", *flags], cwd=folder, stdout=log, stderr=log)
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+                    break
+                except OSError:
+                    assert served.poll() is None, (folder / "log").read_text()
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            served.terminate()
+            served.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page, opened; at the end nothing may have been asked of other hosts."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.wait_for_selector("#photo input[type=file]", state="attached")
+    yield page
+    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    context.close()
+    assert not elsewhere
+
+
+def give(page, path):
+    page.set_input_files("#photo input[type=file]", str(path))
+
+
+def wait_for_photos(page, approach, count):
+    page.wait_for_function(
+        "([id, count]) => document.querySelectorAll(`#found-${id} .grid-container img`).length === count",
+        arg=[approach, count],
+    )
+
+
+@browser_test
+def test_upload_switch_and_search_on(page, drawn):
+    photo = sorted(drawn.rglob("*.jpg"))[7]
+    give(page, photo)
+    wait_for_photos(page, "siamese", 10)
+    said = page.inner_text("#said-siamese")
+    assert "siamese network" in said
+    assert "say" in said
+    assert "decode" in said
+
+    page.get_by_label("autoencoder").check()
+    wait_for_photos(page, "autoencoder", 10)
+    assert not page.is_visible("#found-siamese")
+
+    page.get_by_label("all side by side").check()
+    for approach in ("siamese", "autoencoder", "cnn_feature_extraction"):
+        wait_for_photos(page, approach, 10)
+    caption = page.inner_text("#found-siamese .caption-label >> nth=0")
+    assert caption.split()[0] in ("cat", "dog")
+
+    page.click("#found-siamese .grid-container button >> nth=2")
+    page.wait_for_function(
+        "() => document.querySelector('#said-siamese').innerText.includes('The photo itself is in the gallery')"
+    )
+    wait_for_photos(page, "siamese", 10)
+
+
+@browser_test
+def test_a_part_of_the_photo(page, drawn):
+    give(page, next(drawn.rglob("*.jpg")))
+    wait_for_photos(page, "siamese", 10)
+    page.click("#part button >> nth=0")
+    slider = page.locator("#part input[type=range] >> nth=0")
+    slider.focus()
+    slider.press("PageUp")
+    slider.evaluate("element => element.dispatchEvent(new PointerEvent('pointerup', {bubbles: true}))")
+    page.wait_for_selector("#looked img")
+
+
+@browser_test
+def test_an_example_by_keyboard_alone(page):
+    page.wait_for_selector("#component-0, .gallery-item, button.gallery-item", state="attached")
+    example = page.locator("button.gallery-item >> nth=0")
+    example.focus()
+    example.press("Enter")
+    wait_for_photos(page, "siamese", 10)
+    radio = page.get_by_label("siamese network")
+    radio.focus()
+    radio.press("ArrowDown")
+    wait_for_photos(page, "autoencoder", 10)
+
+
+def bomb(path):
+    """A PNG of 60,000 x 60,000 black pixels in 4 MB."""
+    rows = zlib.compressobj(9)
+    data = b"".join([rows.compress(bytes(7501) * 1000) for _ in range(60)] + [rows.flush()])
+
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    size = (60_000).to_bytes(4, "big")
+    header = chunk(b"IHDR", size + size + b"\x01\x00\x00\x00\x00")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+
+@browser_test
+def test_bad_files_get_a_sentence_and_the_page_lives_on(page, drawn, tmp_path):
+    photo = next(drawn.rglob("*.jpg"))
+    (tmp_path / "text.jpg").write_text("no photo")
+    (tmp_path / "truncated.jpg").write_bytes(photo.read_bytes()[:2000])
+    bomb(tmp_path / "bomb.png")
+    for name, told in (
+        ("text.jpg", "not a JPEG, PNG, WebP, BMP or GIF image"),
+        ("truncated.jpg", "damaged or truncated image"),
+        ("bomb.png", "60000 x 60000 is more than"),
+    ):
+        give(page, tmp_path / name)
+        page.wait_for_function("told => document.querySelector('#status').innerText.includes(told)", arg=told)
+        assert not page.is_visible("#found-siamese")
+        page.locator("#photo button[aria-label='Clear'], #photo button[title='Clear']").first.click()
+    give(page, photo)
+    wait_for_photos(page, "siamese", 10)
+
+
+@browser_test
+def test_a_file_that_is_too_large(page, drawn, tmp_path):
+    (tmp_path / "large.jpg").write_bytes(bytes(6_000_000))
+    give(page, tmp_path / "large.jpg")
+    page.wait_for_function("() => /exceed|too large|size/i.test(document.body.innerText)")
+    page.reload()
+    page.wait_for_selector("#photo input[type=file]", state="attached")
+    give(page, next(drawn.rglob("*.jpg")))
+    wait_for_photos(page, "siamese", 10)
+
+
+@browser_test
+def test_other_kinds_of_photos(page, drawn, tmp_path):
+    photo = Image.open(next(drawn.rglob("*.jpg")))
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo.save(tmp_path / "moving.gif", save_all=True, append_images=[photo.rotate(90)])
+    for name in ("cmyk.jpg", "moving.gif"):
+        give(page, tmp_path / name)
+        wait_for_photos(page, "siamese", 10)
+        page.locator("#photo button[aria-label='Clear'], #photo button[title='Clear']").first.click()
+        page.wait_for_selector("#found-siamese", state="hidden")
+
+
+@browser_test
+def test_on_a_phone_and_in_the_dark(browser, address, drawn):
+    context = browser.new_context(viewport={"width": 375, "height": 700}, color_scheme="dark")
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(address)
+    page.wait_for_selector("#photo input[type=file]", state="attached")
+    give(page, next(drawn.rglob("*.jpg")))
+    wait_for_photos(page, "siamese", 10)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)")
+    assert max(int(red), int(green), int(blue)) < 80
+    context.close()
+
+
+@browser_test
+def test_no_file_outside_the_gallery_can_be_read(address, trained, tmp_path):
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(b"secret")
+    for path in (secret, trained / "siamese.pt", Path("/etc/hostname")):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}gradio_api/file={path}", timeout=10)
+        assert refused.value.code in (403, 404)
+    body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "siamese", 5, 0, 100, 0, 100]}
+    asking = urllib.request.Request(
+        f"{address}gradio_api/call/search", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    event = json.load(urllib.request.urlopen(asking, timeout=10))["event_id"]
+    answer = urllib.request.urlopen(f"{address}gradio_api/call/search/{event}", timeout=30).read().decode()
+    assert "event: error" in answer
+    assert "say" not in answer
+
+
+def test_the_part_that_is_looked_for():
+    assert part_of(0, 100, 0, 100) == (0.0, 0.0, 1.0, 1.0)
+    assert part_of(80, 20, 10, 90) == (0.2, 0.1, 0.8, 0.9)  # sliders that have crossed
+    assert part_of(100, 100, 50, 50) == pytest.approx((0.95, 0.5, 1.0, 0.55))
+
+
+def test_nothing_trained_yet(run_script):
+    ended = run_script("app.py")
+    assert ended.returncode == 2
+    assert "there is no checkpoint in results: train an approach first, with python siamese.py" in ended.stderr

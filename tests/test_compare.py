@@ -1,0 +1,103 @@
+"""The comparison: ties and refusals by hand, the table that README.md shows, the pictures as a user gets them."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.config import UserError
+from compare import Config, layout, read_results, require_comparable, rows_of, table, ties
+from tests.conftest import ROOT
+
+REFERENCE = [str(ROOT / "results" / "reference" / f"{name}.json") for name in ("siamese", "autoencoder")]
+
+
+@pytest.fixture
+def results():
+    return read_results(Config(files=tuple(REFERENCE)))
+
+
+def test_ties_are_what_the_best_interval_reaches():
+    scores = {
+        "best": {"value": 0.9, "low": 0.88, "high": 0.92},
+        "near": {"value": 0.87, "low": 0.85, "high": 0.88},
+        "far": {"value": 0.8, "low": 0.7, "high": 0.87},
+    }
+    assert ties(scores) == {"best", "near"}
+
+
+def test_the_best_of_each_column_is_bold(results):
+    head, siamese, autoencoder, *_ = rows_of(results)
+    assert siamese[0] == "[siamese](siamese.py)"
+    assert siamese[head.index("precision@5")] == "**0.979** ± 0.006"
+    assert autoencoder[head.index("precision@5")] == "0.925 ± 0.007"
+    assert siamese[head.index("dimensions")] == "**256**"
+    assert autoencoder[head.index("dimensions")] == "512"
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("dataset", "fingerprint", "0" * 64), ("config", "seed", 1), ("config", "split", "validation")],
+)
+def test_what_can_not_be_ranked_is_refused(results, part, key, value):
+    results["autoencoder"] = copy.deepcopy(results["autoencoder"])
+    results["autoencoder"][part][key] = value
+    with pytest.raises(UserError, match=rf"siamese and autoencoder can't be ranked: their {part}\.{key} differs"):
+        require_comparable(results)
+
+
+def test_drawn_photos_and_untrained_weights_are_marked(results):
+    results["siamese"]["dataset"]["name"] = "drawn sample 1"
+    results["siamese"]["model"]["weights"] = "none (untrained)"
+    assert "[siamese](siamese.py) (drawn photos, untrained weights)" in table(results)
+
+
+def test_files_that_are_no_results(tmp_path):
+    for text, told in (("{", "no JSON"), ('{"schema": 99}', "its schema is 99"), ("[]", "its schema is None")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=told):
+            read_results(Config(results=str(tmp_path)))
+    (tmp_path / "a.json").write_text('{"benchmark": "embedding"}')
+    with pytest.raises(UserError, match="there is no result file"):
+        read_results(Config(results=str(tmp_path)))
+
+
+def test_a_map_gives_each_photo_a_place_of_its_own():
+    rng = np.random.default_rng(0)
+    centres = np.repeat(np.eye(8)[:2], 20, axis=0)
+    places = layout((centres + 0.05 * rng.normal(size=centres.shape)).astype(np.float32), 0, 8)
+    assert len(np.unique(places, axis=0)) == 40
+    assert places.min() >= 0
+    assert places.max() < 8
+    middles = places[:20].mean(0), places[20:].mean(0)
+    assert np.linalg.norm(middles[0] - middles[1]) > 2  # two clusters lie apart
+
+
+def test_from_the_shell(run_script, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "results")
+    ended = run_script("compare.py", "--map", "--map-photos", "10")
+    assert ended.returncode == 0, ended.stderr
+    written = (tmp_path / "results" / "comparison.md").read_text(encoding="utf-8")
+    assert written in ended.stdout
+    assert "[siamese](siamese.py) (drawn photos, untrained weights)" in written
+    assert "[autoencoder](autoencoder.py) (drawn photos) " in written  # it learns without weights
+    for name in ("siamese", "autoencoder", "cnn_feature_extraction"):
+        with Image.open(tmp_path / "results" / f"{name}.map.png") as picture:
+            assert picture.width > 200
+    with Image.open(tmp_path / "results" / "comparison.png") as picture:
+        assert picture.width > 1000
+
+
+def test_another_seed_is_told(run_script, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "results")
+    path = tmp_path / "results" / "siamese.json"
+    result = json.loads(path.read_text())
+    result["config"]["seed"] = 7
+    path.write_text(json.dumps(result))
+    ended = run_script("compare.py")
+    assert ended.returncode == 2
+    assert "config.seed differs, 0 and 7" in ended.stderr
+    assert not (tmp_path / "results" / "comparison.md").exists()
