@@ -19,6 +19,7 @@ from common.knn import normalise
 from common.photos import Photos, is_drawn, load_photos, locate_photos
 from common.report import environment, write_json
 
+PAUSE = 0.2  # seconds before each side, in which the threads of the one before go to sleep
 NOISE = 0.5  # length of what is added to a unit vector to make another one
 
 Side = Callable[[], object]  # a float that it returns is the seconds it took, without its start
@@ -49,6 +50,7 @@ def in_turns(sides: dict[str, Side], turns: int, label: str) -> dict[str, list[f
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(turns + 1):
         for name, side in sides.items():
+            time.sleep(PAUSE)
             started = time.perf_counter()
             told = side()
             if turn:

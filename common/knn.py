@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -75,6 +76,13 @@ class CosineKNN:
         scores = (_product(torch.from_numpy(queries[chunk]), gallery).numpy() for chunk in chunks)
         yield from zip(chunks, parallel_map(_descending, scores, ahead=2), strict=True)
 
+    @cached_property
+    def _largest_rounding_errors(self) -> list[float]:
+        """Of each block, when the gallery is rounded to what products are fast in."""
+        starts = range(0, len(self.gallery), GALLERY_BLOCK)
+        blocks = (self.gallery[start : start + GALLERY_BLOCK] for start in starts)
+        return [float(_rounding_errors(block, choose_product_precision()).max()) for block in blocks]
+
     def _checked(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.gallery.shape[1]:
             raise ValueError(f"queries are an array [Q, {self.gallery.shape[1]}], not {queries.shape}")
@@ -91,9 +99,12 @@ class CosineKNN:
         """Puts into `similarities` and `indices`, the k best so far, what of the block at `start` is better."""
         block, k = self.gallery[start : start + GALLERY_BLOCK], similarities.shape[1]
         precision = choose_product_precision() if len(queries) >= MANY_QUERIES else torch.float32
-        rough_queries, query_errors = _rounded(queries, precision)
-        rough_block, block_errors = _rounded(block, precision)
-        slack = 2 * _product_error(query_errors, block_errors.max(), queries.shape[1], precision)
+        rough_queries, rough_block = (torch.from_numpy(vectors).to(precision) for vectors in (queries, block))
+        query_errors, block_error = np.zeros((len(queries), 1), np.float32), 0.0
+        if precision != torch.float32:
+            query_errors = _rounding_errors(queries, precision)
+            block_error = self._largest_rounding_errors[start // GALLERY_BLOCK]
+        slack = 2 * _product_error(query_errors, block_error, queries.shape[1], precision)
         hidden = np.full(len(queries), -1) if exclude is None else exclude - start
 
         def improve(chunk: slice) -> None:
@@ -176,14 +187,10 @@ def _descending(scores: np.ndarray) -> np.ndarray:
     return keys & 0xFFFFFFFF
 
 
-def _rounded(vectors: np.ndarray, precision: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
-    """[N, D] in `precision`, and how long the difference to each vector is: float32 [N, 1]."""
-    exact = torch.from_numpy(vectors)
-    if precision == torch.float32:
-        return exact, np.zeros((max(1, len(vectors)), 1), np.float32)
-    rough = exact.to(precision)
-    errors = [(a - b).norm(dim=1, keepdim=True) for a, b in zip(exact.split(4096), rough.split(4096), strict=True)]
-    return rough, torch.cat(errors).numpy()
+def _rounding_errors(vectors: np.ndarray, precision: torch.dtype) -> np.ndarray:
+    """How far each of [N, D] is from itself in `precision`: float32 [N, 1]."""
+    pieces = torch.from_numpy(vectors).split(4096)
+    return torch.cat([(piece - piece.to(precision)).norm(dim=1, keepdim=True) for piece in pieces]).numpy()
 
 
 def _product_error(query_errors: np.ndarray, block_error: float, dimension: int, precision: torch.dtype) -> np.ndarray:
