@@ -30,8 +30,9 @@ TILE = 360  # pixels, at most, of a photo that was found
 SMALLEST = 0.05  # of a part to look for, as a share of the photo's side
 FONTS = ("system-ui", "sans-serif")  # no fonts from elsewhere
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: auto; }
-.found .caption-label { font-size: 0.8rem; }
+.found .grid-wrap { min-height: 0 !important; max-height: none !important; }
+.found .grid-container { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)) !important; }
+#examples .gallery { flex-wrap: wrap; }
 footer { display: none !important; }
 """
 
@@ -101,7 +102,7 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
     def answer(path: str | None, choice: str, k: float, *edges: float) -> list:
         nothing = [None, *(gradio.update(visible=False) for _ in range(2 * len(engines))), {}]
         if not path:
-            return ["Give it a photo, and it finds the photos that look most like it.", *nothing]
+            return ["The photos that it finds are shown here.", *nothing]
         chosen = list(engines) if choice == ALL else [choice]
         box = part_of(*edges)
         try:
@@ -159,7 +160,7 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
         with gradio.Row():
             with gradio.Column(scale=2, min_width=300):
                 photo = Photo(
-                    label="Photo: drop it here, paste it, take it or pick a file",
+                    label="Your photo",
                     sources=["upload", "webcam", "clipboard"],
                     type="filepath",
                     height=320,
@@ -179,7 +180,7 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
                     ]
                     part = gradio.Image(label="Looked for", interactive=False, height=160, buttons=[], elem_id="looked")
                 button = gradio.Button("Search", variant="primary", elem_id="search")
-                gradio.Examples(example_photos(next(iter(engines.values()))), photo, label="Or one of these")
+                gradio.Examples(example_photos(next(iter(engines.values()))), photo, label="Or one of these", elem_id="examples")
             with gradio.Column(scale=5, min_width=300):
                 status = gradio.Markdown(elem_id="status")
                 outputs = []

@@ -128,14 +128,12 @@ def test_a_part_of_the_photo(page, drawn):
 
 @browser_test
 def test_an_example_by_keyboard_alone(page):
-    page.wait_for_selector("#component-0, .gallery-item, button.gallery-item", state="attached")
-    example = page.locator("button.gallery-item >> nth=0")
+    example = page.locator("#examples button >> nth=0")
     example.focus()
     example.press("Enter")
     wait_for_photos(page, "siamese", 10)
-    radio = page.get_by_label("siamese network")
-    radio.focus()
-    radio.press("ArrowDown")
+    page.get_by_label("autoencoder").focus()
+    page.keyboard.press("Space")
     wait_for_photos(page, "autoencoder", 10)
 
 
@@ -166,7 +164,7 @@ def test_bad_files_get_a_sentence_and_the_page_lives_on(page, drawn, tmp_path):
         give(page, tmp_path / name)
         page.wait_for_function("told => document.querySelector('#status').innerText.includes(told)", arg=told)
         assert not page.is_visible("#found-siamese")
-        page.locator("#photo button[aria-label='Clear'], #photo button[title='Clear']").first.click()
+        page.get_by_label("Remove Image").click()
     give(page, photo)
     wait_for_photos(page, "siamese", 10)
 
@@ -190,7 +188,7 @@ def test_other_kinds_of_photos(page, drawn, tmp_path):
     for name in ("cmyk.jpg", "moving.gif"):
         give(page, tmp_path / name)
         wait_for_photos(page, "siamese", 10)
-        page.locator("#photo button[aria-label='Clear'], #photo button[title='Clear']").first.click()
+        page.get_by_label("Remove Image").click()
         page.wait_for_selector("#found-siamese", state="hidden")
 
 

@@ -1,0 +1,247 @@
+"""An alternative to Google Lens, in the browser:  python app.py
+
+Opens a page on this machine alone: give it a photo, and it shows the photos that look most like it to one approach or
+to all side by side. It searches the gallery that the approaches were trained on, or with `--index FOLDER` a folder of
+your own, and asks nothing of other hosts.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.config import UserError, run
+from common.extras import require
+from common.metrics import majority_vote
+from common.photos import UnreadablePhotoError
+from search import APPROACHES, Answer, Engine, load_engine
+
+ALL = "all side by side"
+TITLES = {"siamese": "siamese network", "autoencoder": "autoencoder", "cnn_feature_extraction": "CNN features"}
+EXAMPLES = 6  # photos to begin with
+TILE = 360  # pixels, at most, of a photo that was found
+SMALLEST = 0.05  # of a part to look for, as a share of the photo's side
+FONTS = ("system-ui", "sans-serif")  # no fonts from elsewhere
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: auto; }
+.found .caption-label { font-size: 0.8rem; }
+footer { display: none !important; }
+"""
+
+
+@dataclass
+class Config:
+    """What to serve. Edit it here, or override one field: python app.py --port 8000"""
+
+    index: str = ""  # a folder of your own photos to search; empty: the gallery that each approach was trained on
+    results: str = "results"  # the folder with the checkpoints of the approaches
+    cache: str = "data/.cache"  # a folder that keeps embeddings for the next start, or "none"
+    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is
+    port: int = 7860  # the page is at http://127.0.0.1:port
+    max_megabytes: int = 50  # of a photo's file
+    open_browser: bool = True  # once the page is ready
+
+
+def load_engines(config: Config) -> dict[str, Engine]:
+    """An engine for each approach that has a checkpoint; raises `UserError` if none has."""
+    trained = [name for name in APPROACHES if (Path(config.results) / f"{name}.pt").exists()]
+    if not trained:
+        raise UserError(f"there is no checkpoint in {config.results}: train an approach first, with python siamese.py")
+    cache = None if config.cache == "none" else Path(config.cache)
+    return {name: load_engine(name, Path(config.results), config.index, cache, config.device) for name in trained}
+
+
+def example_photos(engine: Engine) -> list[str]:
+    """Paths of some photos of the gallery, evenly spread, to begin with."""
+    chosen = np.unique(np.linspace(0, len(engine.gallery) - 1, EXAMPLES + 2)[1:-1].astype(int))
+    return [str(engine.path_of(index)) for index in chosen]
+
+
+def thumbnail(engine: Engine, index: int) -> Image.Image:
+    """A photo of the gallery in the size that the page shows."""
+    image = engine.embedder.image_at(engine.gallery, index)
+    image.thumbnail((TILE, TILE))
+    return image
+
+
+def describe(engine: Engine, answer: Answer) -> str:
+    """What an approach says, in Markdown: the vote of the neighbours, and how long each part took."""
+    times = ", ".join(f"{part} {taken:.1f} ms" for part, taken in answer.milliseconds.items())
+    lines = [f"### {TITLES[engine.approach]}"]
+    if answer.found:
+        labels = engine.gallery.labels[answer.found]
+        (winner,) = majority_vote(labels[None], len(labels))
+        named = engine.gallery.classes[winner]
+        votes = f"{(labels == winner).sum()} of {len(labels)} say **{named}**. " if named else ""
+        lines.append(f"{votes}{times}, of {len(engine.gallery):,} photos.")
+    else:
+        lines.append("The gallery holds no other photo.")
+    if answer.itself is not None:
+        lines.append(f"The photo itself is in the gallery, as {engine.gallery.paths[answer.itself]}, and left out.")
+    return "\n\n".join(lines)
+
+
+def part_of(left: float, right: float, top: float, bottom: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom as shares, from sliders in %, each part at least `SMALLEST` wide and high."""
+    left, right, top, bottom = (value / 100 for value in (*sorted((left, right)), *sorted((top, bottom))))
+    left, top = min(left, 1 - SMALLEST), min(top, 1 - SMALLEST)
+    return left, top, max(right, left + SMALLEST), max(bottom, top + SMALLEST)
+
+
+def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., list]:
+    """The function behind the page: photo and choices -> status, what was looked for, and two outputs an approach."""
+
+    def answer(path: str | None, choice: str, k: float, *edges: float) -> list:
+        nothing = [None, *(gradio.update(visible=False) for _ in range(2 * len(engines))), {}]
+        if not path:
+            return ["Give it a photo, and it finds the photos that look most like it.", *nothing]
+        chosen = list(engines) if choice == ALL else [choice]
+        box = part_of(*edges)
+        try:
+            data = Path(path).read_bytes()
+            answers = {name: engines[name].ask(data, int(k), box) for name in chosen}
+        except UnreadablePhotoError as error:
+            return [f"**This can't be searched for:** {error}. Give it a JPEG, PNG, WebP, BMP or GIF.", *nothing]
+        except UserError as error:  # the gallery has changed
+            return [f"**The search failed:** {error}.", *nothing]
+        shown: list[Any] = []
+        for name, engine in engines.items():
+            if name not in answers:
+                shown += [gradio.update(visible=False), gradio.update(value=None, visible=False)]
+                continue
+            found = zip(answers[name].found, answers[name].similarities, strict=True)
+            photos = [
+                (thumbnail(engine, index), f"{engine.class_of(index)} {similarity:.3f}".strip())
+                for index, similarity in found
+            ]
+            shown += [
+                gradio.update(value=describe(engine, answers[name]), visible=True),
+                gradio.update(value=photos, visible=True),
+            ]
+        looked_for = next(iter(answers.values())).image if box != (0.0, 0.0, 1.0, 1.0) else None
+        status = "Click a photo that was found to search on from it."
+        return [status, looked_for, *shown, {name: answers[name].found for name in answers}]
+
+    return answer
+
+
+def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
+    """The page; nothing is served yet."""
+from gradio.events import Dependency
+
+    class Photo(gradio.Image):
+        """Gives the file as it was sent: what can't be read is for the engine to say."""
+
+        def preprocess(self, payload: Any) -> str | None:
+            return payload.path if payload else None
+
+        def get_block_name(self) -> str:
+            return "image"
+
+    copies = Path(mkdtemp(prefix="image-search-"))
+
+    def search_on(name: str) -> Callable[[dict, Any], str]:
+        def chosen(found: dict[str, list[int]], event: gradio.SelectData) -> str:
+            path = engines[name].path_of(found[name][event.index])
+            return shutil.copy(path, copies / f"{event.index}-{path.name}")  # the page may read no other folder
+
+        return chosen
+
+    with gradio.Blocks(title="Image similarity search", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gradio.Markdown("# Image similarity search\nGive it a photo, and it finds the photos that look most like it.")
+        found = gradio.State({})
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=300):
+                photo = Photo(
+                    label="Photo: drop it here, paste it, take it or pick a file",
+                    sources=["upload", "webcam", "clipboard"],
+                    type="filepath",
+                    height=320,
+                    elem_id="photo",
+                    buttons=[],
+                )
+                choices = [(TITLES[name], name) for name in engines] + ([(ALL, ALL)] if len(engines) > 1 else [])
+                choice = gradio.Radio(choices, value=next(iter(engines)), label="Approach", elem_id="approach")
+                k = gradio.Slider(1, 50, 10, step=1, label="Photos to find", elem_id="k")
+                with gradio.Accordion("Search for a part of the photo", open=False, elem_id="part"):
+                    edges = [
+                        gradio.Slider(0, 100, value, step=1, label=f"{edge}, % of the {side}")
+                        for edge, side, value in (
+                            *(("left", "width", 0), ("right", "width", 100)),
+                            *(("top", "height", 0), ("bottom", "height", 100)),
+                        )
+                    ]
+                    part = gradio.Image(label="Looked for", interactive=False, height=160, buttons=[], elem_id="looked")
+                button = gradio.Button("Search", variant="primary", elem_id="search")
+                gradio.Examples(example_photos(next(iter(engines.values()))), photo, label="Or one of these")
+            with gradio.Column(scale=5, min_width=300):
+                status = gradio.Markdown(elem_id="status")
+                outputs = []
+                for name in engines:
+                    said = gradio.Markdown(visible=False, elem_id=f"said-{name}")
+                    gallery = gradio.Gallery(
+                        visible=False,
+                        columns=5,
+                        height="auto",
+                        object_fit="cover",
+                        allow_preview=False,
+                        show_label=False,
+                        format="jpeg",
+                        buttons=[],
+                        elem_id=f"found-{name}",
+                        elem_classes="found",
+                    )
+                    gallery.select(search_on(name), found, photo, api_visibility="private")
+                    outputs += [said, gallery]
+        asked = [photo.change, choice.change, k.release, button.click, page.load, *(edge.release for edge in edges)]
+        gradio.on(
+            asked,
+            answering(engines, gradio),
+            [photo, choice, k, *edges],
+            [status, part, *outputs, found],
+            api_name="search",
+            concurrency_limit=1,  # one search takes all cores
+            show_progress="minimal",
+            trigger_mode="always_last",
+        )
+    return page
+
+
+def launch(gradio: ModuleType, page: Any, port: int, max_megabytes: int, open_browser: bool, wait: bool) -> None:
+    """Serves the page on this machine alone, until it is stopped, or, without `wait`, until `page.close()`."""
+    try:
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            inbrowser=open_browser,
+            prevent_thread_lock=not wait,
+            share=False,
+            max_file_size=f"{max_megabytes}mb",
+            theme=gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace")),
+            css=CSS,
+            footer_links=[],
+            ssr_mode=False,
+            quiet=not wait,
+            show_error=True,
+        )
+    except OSError as error:
+        raise UserError(f"port {port} can't be used ({error}): choose another with --port") from error
+
+
+def main(config: Config) -> None:
+    """Loads the approaches and serves the page until it is stopped."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import; it would ask which version is the newest
+    (gradio,) = require("gradio")
+    page = build_page(gradio, load_engines(config))
+    launch(gradio, page, config.port, config.max_megabytes, config.open_browser, wait=True)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
