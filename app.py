@@ -31,7 +31,7 @@ SMALLEST = 0.05  # of a part to look for, as a share of the photo's side
 FONTS = ("system-ui", "sans-serif")  # no fonts from elsewhere
 CSS = """
 .found .grid-wrap { min-height: 0 !important; max-height: none !important; }
-.found .grid-container { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)) !important; }
+.found .grid-container { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)) !important; }
 #examples .gallery { flex-wrap: wrap; }
 footer { display: none !important; }
 """
@@ -97,10 +97,11 @@ def part_of(left: float, right: float, top: float, bottom: float) -> tuple[float
 
 
 def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., list]:
-    """The function behind the page: photo and choices -> status, what was looked for, and two outputs an approach."""
+    """The function behind the page: photo and choices -> status, the part that was looked for, for each approach its
+    column, words and photos, and what was found."""
 
     def answer(path: str | None, choice: str, k: float, *edges: float) -> list:
-        nothing = [None, *(gradio.update(visible=False) for _ in range(2 * len(engines))), {}]
+        nothing = [None, *([gradio.update(visible=False), "", None] * len(engines)), {}]
         if not path:
             return ["The photos that it finds are shown here.", *nothing]
         chosen = list(engines) if choice == ALL else [choice]
@@ -109,23 +110,20 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
             data = Path(path).read_bytes()
             answers = {name: engines[name].ask(data, int(k), box) for name in chosen}
         except UnreadablePhotoError as error:
-            return [f"**This can't be searched for:** {error}. Give it a JPEG, PNG, WebP, BMP or GIF.", *nothing]
+            return [f"**This can't be searched for:** {error}.", *nothing]
         except UserError as error:  # the gallery has changed
             return [f"**The search failed:** {error}.", *nothing]
         shown: list[Any] = []
         for name, engine in engines.items():
             if name not in answers:
-                shown += [gradio.update(visible=False), gradio.update(value=None, visible=False)]
+                shown += [gradio.update(visible=False), "", None]
                 continue
             found = zip(answers[name].found, answers[name].similarities, strict=True)
             photos = [
                 (thumbnail(engine, index), f"{engine.class_of(index)} {similarity:.3f}".strip())
                 for index, similarity in found
             ]
-            shown += [
-                gradio.update(value=describe(engine, answers[name]), visible=True),
-                gradio.update(value=photos, visible=True),
-            ]
+            shown += [gradio.update(visible=True), describe(engine, answers[name]), photos]
         looked_for = next(iter(answers.values())).image if box != (0.0, 0.0, 1.0, 1.0) else None
         status = "Click a photo that was found to search on from it."
         return [status, looked_for, *shown, {name: answers[name].found for name in answers}]
@@ -135,16 +133,6 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
 
 def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
     """The page; nothing is served yet."""
-
-    class Photo(gradio.Image):
-        """Gives the file as it was sent: what can't be read is for the engine to say."""
-
-        def preprocess(self, payload: Any) -> str | None:
-            return payload.path if payload else None
-
-        def get_block_name(self) -> str:
-            return "image"
-
     copies = Path(mkdtemp(prefix="image-search-"))
 
     def search_on(name: str) -> Callable[[dict, Any], str]:
@@ -159,7 +147,7 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
         found = gradio.State({})
         with gradio.Row():
             with gradio.Column(scale=2, min_width=300):
-                photo = Photo(
+                photo = gradio.Image(
                     label="Your photo",
                     sources=["upload", "webcam", "clipboard"],
                     type="filepath",
@@ -167,6 +155,7 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
                     elem_id="photo",
                     buttons=[],
                 )
+                photo.preprocess = lambda sent: sent.path if sent else None  # as it is: the engine says what is wrong
                 choices = [(TITLES[name], name) for name in engines] + ([(ALL, ALL)] if len(engines) > 1 else [])
                 choice = gradio.Radio(choices, value=next(iter(engines)), label="Approach", elem_id="approach")
                 k = gradio.Slider(1, 50, 10, step=1, label="Photos to find", elem_id="k")
@@ -180,26 +169,29 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
                     ]
                     part = gradio.Image(label="Looked for", interactive=False, height=160, buttons=[], elem_id="looked")
                 button = gradio.Button("Search", variant="primary", elem_id="search")
-                gradio.Examples(example_photos(next(iter(engines.values()))), photo, label="Or one of these", elem_id="examples")
+                gradio.Examples(
+                    example_photos(next(iter(engines.values()))), photo, label="Or one of these", elem_id="examples"
+                )
             with gradio.Column(scale=5, min_width=300):
                 status = gradio.Markdown(elem_id="status")
                 outputs = []
-                for name in engines:
-                    said = gradio.Markdown(visible=False, elem_id=f"said-{name}")
-                    gallery = gradio.Gallery(
-                        visible=False,
-                        columns=5,
-                        height="auto",
-                        object_fit="cover",
-                        allow_preview=False,
-                        show_label=False,
-                        format="jpeg",
-                        buttons=[],
-                        elem_id=f"found-{name}",
-                        elem_classes="found",
-                    )
-                    gallery.select(search_on(name), found, photo, api_visibility="private")
-                    outputs += [said, gallery]
+                with gradio.Row():
+                    for name in engines:
+                        with gradio.Column(visible=False, min_width=250) as column:
+                            said = gradio.Markdown(elem_id=f"said-{name}")
+                            gallery = gradio.Gallery(
+                                columns=5,
+                                height="auto",
+                                object_fit="cover",
+                                allow_preview=False,
+                                show_label=False,
+                                format="jpeg",
+                                buttons=[],
+                                elem_id=f"found-{name}",
+                                elem_classes="found",
+                            )
+                        gallery.select(search_on(name), found, photo, api_visibility="private")
+                        outputs += [column, said, gallery]
         asked = [photo.change, choice.change, k.release, button.click, page.load, *(edge.release for edge in edges)]
         gradio.on(
             asked,
