@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -133,12 +133,14 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
 
 def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
     """The page; nothing is served yet."""
-    copies = Path(mkdtemp(prefix="image-search-"))
+    copies = TemporaryDirectory(prefix="image-search-")
 
     def search_on(name: str) -> Callable[[dict, Any], str]:
         def chosen(found: dict[str, list[int]], event: gradio.SelectData) -> str:
-            path = engines[name].path_of(found[name][event.index])
-            return shutil.copy(path, copies / f"{event.index}-{path.name}")  # the page may read no other folder
+            engine, index = engines[name], found[name][event.index]
+            content = engine.gallery.contents[index].decode()
+            # The page can't read the gallery's folder, but what is copied here.
+            return shutil.copy(engine.path_of(index), Path(copies.name, content + engine.path_of(index).suffix))
 
         return chosen
 

@@ -60,7 +60,8 @@ class Preprocessing:
     @classmethod
     def from_plain(cls, fields: dict) -> "Preprocessing":
         """What `plain` was made of."""
-        return cls(**{**fields, "interpolation": InterpolationMode[fields["interpolation"]]})
+        tuples = {name: tuple(fields[name]) for name in ("mean", "std")}
+        return cls(**{**fields, **tuples, "interpolation": InterpolationMode[fields["interpolation"]]})
 
     def normalise(self, squares: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, crop, crop] from RGB values in [0, 255], [B, crop, crop, 3]; laid out as it comes."""

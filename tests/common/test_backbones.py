@@ -1,5 +1,7 @@
 import hashlib
+import json
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from threading import Thread
 
 import numpy as np
@@ -8,7 +10,14 @@ import torch
 from PIL import Image
 from torchvision import models
 
-from common.backbones import GeneralisedMean, InFloat32, load_backbone, network_digest
+from common.backbones import (
+    GeneralisedMean,
+    InFloat32,
+    Preprocessing,
+    load_backbone,
+    network_digest,
+    preprocessing_of,
+)
 from common.config import UserError
 
 FAMILIES = {  # a small one of each, and the channels of its last feature maps
@@ -117,6 +126,25 @@ def test_preprocessing_is_that_of_the_weights(name, size):
 def test_image_size_keeps_the_share_of_the_crop():
     preprocessing = load_backbone("squeezenet1_1", "none", image_size=112)[1]
     assert (preprocessing.resize, preprocessing.crop) == (128, 112)
+
+
+def test_a_camera_photo_is_decoded_at_a_fraction_of_its_size():
+    """Twice what the network sees is kept, of a part of the photo too; what is cut from it hardly differs."""
+    preprocessing = preprocessing_of("resnet18", "none", 64, whole_photo=True)
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(256, size=(30, 40, 3), dtype=np.uint8)).resize((1600, 1200))
+    file = BytesIO()
+    photo.save(file, "JPEG", quality=95)
+    decoded = preprocessing.decode(file.getvalue())
+    assert decoded.size == (200, 150)
+    assert preprocessing.decode(file.getvalue(), share=0.4).size == (800, 600)
+    difference = preprocessing.square(decoded).astype(float) - preprocessing.square(photo)
+    assert np.abs(difference).mean() < 2
+
+
+def test_preprocessing_survives_a_file():
+    preprocessing = preprocessing_of("efficientnet_b0", "none", 96, whole_photo=False)
+    assert Preprocessing.from_plain(json.loads(json.dumps(preprocessing.plain()))) == preprocessing
 
 
 def test_the_whole_photo_is_seen():

@@ -1,5 +1,5 @@
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
@@ -112,3 +112,16 @@ def test_a_bug_stays_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(ZeroDivisionError):
         run(lambda _: 1 / 0, Config, "")
+
+
+@dataclass
+class Asking:
+    """Some photos."""
+
+    photos: tuple[str, ...] = field(default=())  # what to look for
+    k: int = 5  # neighbours
+
+
+def test_what_stands_without_a_flag_and_a_flag_of_one_letter():
+    assert parse_config(Asking, "", ["a.jpg", "-k", "3", "b.jpg"]) == Asking(["a.jpg", "b.jpg"], 3)
+    assert parse_config(Asking, "", ["--k", "3"]) == Asking((), 3)
