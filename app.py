@@ -6,7 +6,6 @@ your own, and asks nothing of other hosts.
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 
 from common.config import UserError, run
 from common.extras import require
+from common.files import written_whole
 from common.metrics import majority_vote
 from common.photos import UnreadablePhotoError
 from search import APPROACHES, Answer, Engine, load_engine
@@ -65,11 +65,14 @@ def example_photos(engine: Engine) -> list[str]:
     return [str(engine.path_of(index)) for index in chosen]
 
 
-def thumbnail(engine: Engine, index: int) -> Image.Image:
-    """A photo of the gallery in the size that the page shows."""
-    image = engine.embedder.image_at(engine.gallery, index)
-    image.thumbnail((TILE, TILE))
-    return image
+def thumbnails(engine: Engine, answer: Answer) -> list[tuple[Image.Image, str]]:
+    """The photos that were found, in the size that the page shows, with class and similarity."""
+    shown = []
+    for index, similarity in zip(answer.found, answer.similarities, strict=True):
+        image = engine.embedder.image_at(engine.gallery, index)
+        image.thumbnail((TILE, TILE))
+        shown.append((image, f"{engine.class_of(index)} {similarity:.3f}".strip()))
+    return shown
 
 
 def describe(engine: Engine, answer: Answer) -> str:
@@ -84,8 +87,9 @@ def describe(engine: Engine, answer: Answer) -> str:
         lines.append(f"{votes}{times}, of {len(engine.gallery):,} photos.")
     else:
         lines.append("The gallery holds no other photo.")
-    if answer.itself is not None:
-        lines.append(f"The photo itself is in the gallery, as {engine.gallery.paths[answer.itself]}, and left out.")
+    if answer.itself:
+        paths = " and ".join(engine.gallery.paths[index] for index in answer.itself)
+        lines.append(f"The photo itself is in the gallery, as {paths}, and left out.")
     return "\n\n".join(lines)
 
 
@@ -109,21 +113,19 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
         try:
             data = Path(path).read_bytes()
             answers = {name: engines[name].ask(data, int(k), box) for name in chosen}
+            shown: list[Any] = []
+            for name, engine in engines.items():
+                if name in answers:
+                    photos = thumbnails(engine, answers[name])
+                    shown += [gradio.update(visible=True), describe(engine, answers[name]), photos]
+                else:
+                    shown += [gradio.update(visible=False), "", None]
         except UnreadablePhotoError as error:
             return [f"**This can't be searched for:** {error}.", *nothing]
-        except UserError as error:  # the gallery has changed
+        except UserError as error:  # a photo of the gallery has changed
             return [f"**The search failed:** {error}.", *nothing]
-        shown: list[Any] = []
-        for name, engine in engines.items():
-            if name not in answers:
-                shown += [gradio.update(visible=False), "", None]
-                continue
-            found = zip(answers[name].found, answers[name].similarities, strict=True)
-            photos = [
-                (thumbnail(engine, index), f"{engine.class_of(index)} {similarity:.3f}".strip())
-                for index, similarity in found
-            ]
-            shown += [gradio.update(visible=True), describe(engine, answers[name]), photos]
+        except OSError:  # photos that were given are kept for a day
+            return ["**The photo is gone:** give it again.", *nothing]
         looked_for = next(iter(answers.values())).image if box != (0.0, 0.0, 1.0, 1.0) else None
         status = "Click a photo that was found to search on from it."
         return [status, looked_for, *shown, {name: answers[name].found for name in answers}]
@@ -138,9 +140,10 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
     def search_on(name: str) -> Callable[[dict, Any], str]:
         def chosen(found: dict[str, list[int]], event: gradio.SelectData) -> str:
             engine, index = engines[name], found[name][event.index]
-            content = engine.gallery.contents[index].decode()
-            # The page can't read the gallery's folder, but what is copied here.
-            return shutil.copy(engine.path_of(index), Path(copies.name, content + engine.path_of(index).suffix))
+            content, suffix = engine.gallery.contents[index].decode(), engine.path_of(index).suffix
+            with written_whole(Path(copies.name, content + suffix)) as copy:  # the page can read no other folder
+                copy.write_bytes(engine.gallery.read(index))
+            return str(Path(copies.name, content + suffix))
 
         return chosen
 

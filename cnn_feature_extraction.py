@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone, require_size
+from common.backbones import InFloat32, Preprocessing, load_backbone, rebuild_backbone, require_size
 from common.config import demonstration, run
 from common.device import choose_device
 from common.embed import Embedder
@@ -125,9 +125,7 @@ def learn(
 
 def restore(stored: dict) -> nn.Module:
     """The network of a checkpoint without its classifier: float [B, 3, S, S] -> [B, D]."""
-    config = stored["config"]
-    wanted = (config["backbone"], "none", config["image_size"], config["pooling"], config["whole_photo"])
-    backbone, _, _ = load_backbone(*wanted)
+    backbone = rebuild_backbone(stored)
     backbone.load_state_dict(below("0.", stored["network"]))
     return backbone
 

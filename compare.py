@@ -23,7 +23,7 @@ from sklearn.manifold import TSNE
 from common.config import UserError, run
 from common.extras import figures
 from common.files import written_whole
-from common.photos import gallery_and_queries, locate_photos
+from common.photos import gallery_and_queries
 from common.report import FAINT, INK, MARGIN, PAPER, SCHEMA
 from search import APPROACHES, load_embedder
 
@@ -91,8 +91,16 @@ def require_comparable(results: dict[str, Result]) -> None:
 
 def ties(scores: dict[str, dict[str, float]]) -> set[str]:
     """The names of the best score and of those that it can't be told from: whose intervals overlap."""
+    if not scores:  # a gallery of fewer than k photos has no score at k
+        return set()
     best = max(scores.values(), key=lambda score: score["value"])
     return {name for name, score in scores.items() if score["high"] >= best["low"] or score is best}
+
+
+def machines(results: dict[str, Result]) -> list[str]:
+    """What the results were computed on: the GPU or else the CPU of each, none twice."""
+    environments = [result["environment"] for result in results.values()]
+    return sorted({each["cpu"] if each["device"] == "cpu" else each["device"] for each in environments})
 
 
 def remarks(result: Result) -> str:
@@ -120,6 +128,7 @@ def rows_of(results: dict[str, Result]) -> list[list[str]]:
         for metric in QUALITY
     }
     best = {label: choose(read(result) for result in results.values()) for label, (read, _, choose) in costs.items()}
+    one_machine = len(machines(results)) == 1  # else costs can't be ranked
 
     def score(scores: dict, metric: str, bold: bool) -> str:
         if metric not in scores:
@@ -132,8 +141,9 @@ def rows_of(results: dict[str, Result]) -> list[list[str]]:
         cells = [score(result["metrics"], metric, name in winners[metric]) for metric in QUALITY]
         for label, (read, form, _) in costs.items():
             text = format(read(result), form)
-            alone = len({read(other) for other in results.values()}) > 1
-            cells.append(f"**{text}**" if alone and read(result) == best[label] else text)
+            differ = len({read(other) for other in results.values()}) > 1
+            wins = differ and read(result) == best[label] and (one_machine or label == "dimensions")
+            cells.append(f"**{text}**" if wins else text)
         script = Path(f"{result['approach']}.py")
         rows.append([f"[{name}]({script}){remarks(result)}", *cells])
         if "metrics_frozen" in result:
@@ -154,7 +164,7 @@ def table(results: dict[str, Result]) -> str:
     lines += [
         "",
         f"{dataset['gallery']:,} photos of {dataset['name']} in the gallery, {dataset['queries']:,} queries, split "
-        f"{first['config']['split']}, seed {first['config']['seed']}; {first['environment']['cpu']}. ± is half the "
+        f"{first['config']['split']}, seed {first['config']['seed']}; {' and '.join(machines(results))}. ± is half the "
         "95 % interval. **Bold**: the best of a column, and each score whose interval overlaps the best's: a tie.",
     ]
     return "\n".join(lines) + "\n"
@@ -164,9 +174,11 @@ def draw(path: Path, results: dict[str, Result]) -> None:
     """Three panels: precision@5 against latency, precision at every k, loss of every epoch."""
     pyplot = figures()
     figure, (quality, precision, training) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    everywhere = all("precision@5" in result["metrics"] for result in results.values())
+    shown = "precision@5" if everywhere else "precision@1"  # a gallery of four photos has no precision@5
     for colour, (name, result) in zip(COLOURS * math.ceil(len(results) / len(COLOURS)), results.items(), strict=False):
         label, scores = name + remarks(result), result["metrics"]
-        score, latency = scores["precision@5"], result["timing"]["query_latency_ms"]["p50"]
+        score, latency = scores[shown], result["timing"]["query_latency_ms"]["p50"]
         spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
         quality.errorbar(latency, score["value"], spread, fmt="o", color=colour, capsize=4, label=label)
         ks = [k for k in KS if f"precision@{k}" in scores]
@@ -178,7 +190,7 @@ def draw(path: Path, results: dict[str, Result]) -> None:
     for (floor, label), style in zip(FLOORS.items(), ("--", ":"), strict=True):
         ks = [k for k in KS if f"precision@{k}" in floors[floor]]
         precision.plot(ks, [floors[floor][f"precision@{k}"]["value"] for k in ks], style, color="#57606a", label=label)
-    quality.set(xlabel="milliseconds from a photo to its neighbours (p50)", ylabel="precision@5, 95 % interval")
+    quality.set(xlabel="milliseconds from a photo to its neighbours (p50)", ylabel=f"{shown}, 95 % interval")
     quality.set_xlim(0, 1.25 * max(result["timing"]["query_latency_ms"]["p50"] for result in results.values()))
     precision.set(xlabel="k", ylabel="precision@k", xscale="log")
     precision.set_xticks(KS, [str(k) for k in KS])
@@ -220,7 +232,7 @@ def draw_map(path: Path, approach: str, config: Config) -> None:
     embedder, stored = load_embedder(approach, Path(config.results), "auto")
     own = stored["config"]
     cache = None if own["cache"] == "none" else Path(own["cache"])
-    _, queries = gallery_and_queries(locate_photos(own["data"]), own["queries"], own["split"], own["seed"], cache)
+    _, queries = gallery_and_queries(Path(stored["folder"]), own["queries"], own["split"], own["seed"], cache)
     shown = np.linspace(0, len(queries) - 1, min(config.map_photos, len(queries))).astype(int)
     photos = queries.subset(np.unique(shown))
     side = max(2, math.ceil(1.25 * math.sqrt(len(photos))))

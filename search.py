@@ -23,7 +23,7 @@ from common.device import choose_device
 from common.embed import Embedder
 from common.files import written_whole
 from common.knn import CosineKNN
-from common.photos import Photos, UnreadablePhotoError, find_photos, load_photos, locate_photos, split_photos
+from common.photos import Photos, UnreadablePhotoError, find_photos, load_photos, split_photos
 from common.report import Tile, draw_rows
 from common.train import load_checkpoint
 from common.web import fetch_photo
@@ -53,7 +53,7 @@ class Answer:
     image: Image.Image  # what was looked for
     found: list[int]  # indices in the gallery, the nearest first
     similarities: list[float]  # cosines
-    itself: int | None  # the index of the very photo in the gallery, which is left out
+    itself: list[int]  # indices of the very photo and its copies in the gallery, which are left out
     milliseconds: dict[str, float]  # of "decode", "network" and "search"
 
 
@@ -82,16 +82,13 @@ class Engine:
         decoded = time.perf_counter()
         embedding = self.embedder.embed_images([image])
         embedded = time.perf_counter()
-        same = np.flatnonzero(self.gallery.contents == hashlib.sha256(data).hexdigest().encode())
-        itself = int(same[0]) if len(same) else None
-        k = min(k, len(self.gallery) - (itself is not None))
-        similarities, found = np.empty((1, 0)), np.empty((1, 0), int)
-        if k:
-            exclude = None if itself is None else np.array([itself])
-            similarities, found = self.knn.search(embedding, k, exclude)
+        itself = np.flatnonzero(self.gallery.contents == hashlib.sha256(data).hexdigest().encode())
+        similarities, found = self.knn.search(embedding, min(k + len(itself), len(self.gallery)))
+        others = ~np.isin(found[0], itself)
+        similarities, found = similarities[0, others][:k], found[0, others][:k]
         times = np.diff([started, decoded, embedded, time.perf_counter()]) * 1000
         milliseconds = dict(zip(("decode", "network", "search"), times.tolist(), strict=True))
-        return Answer(image, found[0].tolist(), similarities[0].tolist(), itself, milliseconds)
+        return Answer(image, found.tolist(), similarities.tolist(), itself.tolist(), milliseconds)
 
     def class_of(self, index: int) -> str:
         """The class of a photo of the gallery; "" if it has none."""
@@ -112,6 +109,7 @@ def load_embedder(approach: str, results: Path, device: str) -> tuple[Embedder, 
     stored = load_checkpoint(path)
     try:
         network = importlib.import_module(approach).restore(stored)
+        stored["folder"], stored["preprocessing"]
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path} is of another version of {approach}.py: train anew") from error
     return Embedder(network, Preprocessing.from_plain(stored["preprocessing"]), choose_device(device)), stored
@@ -123,7 +121,7 @@ def load_engine(approach: str, results: Path, index: str, cache: Path | None, de
     Photos that the cache doesn't know are embedded, with a progress bar. Raises `UserError`.
     """
     embedder, stored = load_embedder(approach, results, device)
-    gallery = load_photos(Path(index) if index else locate_photos(stored["config"]["data"]), cache, browsing=True)
+    gallery = load_photos(Path(index or stored["folder"]), cache, browsing=True)
     if not index and not stored["config"]["queries"]:
         gallery, _ = split_photos(gallery, stored["config"]["seed"], "test")
     return Engine(
@@ -134,27 +132,24 @@ def load_engine(approach: str, results: Path, index: str, cache: Path | None, de
 def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserError]]:
     """Name and file of each photo that is meant by a path, a folder or an address; or why it can't be had."""
     for name in names:
-        try:
-            if name.startswith(("http://", "https://")):
-                yield name, fetch_photo(name)
-            elif Path(name).is_dir():
-                found = [Path(name) / path for path, _ in find_photos(Path(name))]
-                if not found:
-                    yield name, UserError("this folder holds no photo")
-                yield from ((str(path), path.read_bytes()) for path in found)
-            else:
-                yield name, Path(name).read_bytes()
-        except OSError as error:
-            yield name, UserError(f"{error.strerror or error}: name a photo, a folder of photos or an http(s) address")
-        except UserError as error:
-            yield name, error
+        found = [str(Path(name) / path) for path, _ in find_photos(Path(name))] if Path(name).is_dir() else [name]
+        if not found:
+            yield name, UserError("this folder holds no photo")
+        for each in found:
+            try:
+                web = each.startswith(("http://", "https://"))
+                yield each, fetch_photo(each) if web else Path(each).read_bytes()
+            except OSError as error:
+                yield each, UserError(f"{error.strerror}: name a photo, a folder of photos or an http(s) address")
+            except UserError as error:
+                yield each, error
 
 
 def tell(engine: Engine, name: str, answer: Answer) -> None:
     """Prints what was found."""
     print(f"\n{name}  ({sum(answer.milliseconds.values()):.0f} ms)")
-    if answer.itself is not None:
-        print(f"      itself in the gallery, and left out: {engine.path_of(answer.itself)}")
+    for index in answer.itself:
+        print(f"      itself in the gallery, and left out: {engine.path_of(index)}")
     for rank, (index, similarity) in enumerate(zip(answer.found, answer.similarities, strict=True), 1):
         print(f"{rank:4}  {similarity:.3f}  {engine.class_of(index)}  {engine.path_of(index)}")
 
@@ -173,12 +168,11 @@ def main(config: Config) -> None:
             if isinstance(data, UserError):
                 raise data
             answer = engine.ask(data, config.k)
+            tell(engine, name, answer)
+            rows += [row_of(engine, Path(name).name, answer)] if len(rows) < SHOWN else []
         except (UserError, UnreadablePhotoError) as error:
             print(f"error: {name}: {error}", file=sys.stderr)
             failed += 1
-        else:
-            tell(engine, name, answer)
-            rows += [row_of(engine, Path(name).name, answer)] if len(rows) < SHOWN else []
     if rows:
         path = Path(config.results) / "search.png"
         subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"

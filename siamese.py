@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone, require_size
+from common.backbones import InFloat32, Preprocessing, load_backbone, rebuild_backbone, require_size
 from common.config import demonstration, run
 from common.device import choose_device
 from common.embed import Embedder
@@ -103,10 +103,9 @@ def project(backbone: nn.Module, preprocessing: Preprocessing, photos: Photos, d
 
 def restore(stored: dict) -> nn.Module:
     """The network of a checkpoint: float [B, 3, S, S] -> [B, D]."""
-    config, state = stored["config"], stored["network"]
-    wanted = (config["backbone"], "none", config["image_size"], config["pooling"], config["whole_photo"])
+    state = stored["network"]
     layer = nn.Linear(*reversed(state["1.0.weight"].shape))
-    network = nn.Sequential(load_backbone(*wanted)[0], InFloat32(layer))
+    network = nn.Sequential(rebuild_backbone(stored), InFloat32(layer))
     network.load_state_dict(state)
     return network
 

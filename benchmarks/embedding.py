@@ -143,6 +143,7 @@ def compare(name: str, photos: Photos, config: Config) -> tuple[dict[str, list[f
             "network_alone": lambda: network_alone(embedder, squares),
         }
         cosine = float((sides["ours"]() * sides["plain_loop"]()).sum(axis=1).min())
+        print(f"ONNX Runtime runs {name} on {session.get_providers()[0]}")
         return measure.in_turns(sides, config.turns, name), cosine
 
 

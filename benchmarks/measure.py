@@ -83,9 +83,16 @@ def load(config: Any) -> tuple[Embedder, Photos]:
     return Embedder(network, preprocessing, choose_device(config.device), batch_size=0), photos
 
 
+def require_queries(photos: Photos) -> None:
+    """Raises `UserError` for a folder of which a tenth is no photo."""
+    if len(photos) < 10:
+        raise UserError(f"{photos.folder} holds {len(photos)} photos: a benchmark needs 10 or more")
+
+
 def real_embeddings(config: Any, queries: int) -> tuple[np.ndarray, np.ndarray, str]:
     """Embeddings of the photos, shuffled and cut: gallery [N, D], queries [Q, D], and the data set's name."""
     embedder, photos = load(config)
+    require_queries(photos)
     embeddings = embedder.embed_photos(photos, Path(config.cache), "embedding the photos")
     embeddings = embeddings[np.random.default_rng(0).permutation(len(embeddings))]
     queries = min(queries, len(embeddings) // 10)

@@ -1,12 +1,17 @@
 """How does the page bear several users at once?  python benchmarks/page.py --results results
 
-Serves the page of app.py with the checkpoints in `results`, and has clients search through it, each as fast as it gets
-answers. The ratio `limit` is the page's searches per second as a share of those of the search itself, asked directly.
+Serves the page of app.py, in a process of its own, with the checkpoints in `results`. Clients give it photos and wait
+for the answers, as browsers do, each as fast as it gets them. The ratio `limit` is the page's searches per second as a
+share of those of the search itself, asked directly, one at a time.
 """
 
+import json
 import statistics
+import subprocess
 import sys
 import time
+import urllib.request
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import app
+from app import load_engines
 from benchmarks import measure
 from common.config import UserError, run
-from common.extras import figures, require
-from search import Engine
+from common.extras import figures
 
 PHOTOS = 50  # that are asked with, in turns
+START = 120  # seconds that the page may take to come up
 
 
 @dataclass
@@ -37,7 +42,30 @@ class Config:
     seconds: int = 60  # that they ask for
 
 
-def ask_for(seconds: float, ask: Callable[[int], object], first: int) -> tuple[list[float], list[str]]:
+def upload(address: str, photo: bytes) -> str:
+    """Gives the page a photo; returns what the page calls it."""
+    boundary = uuid.uuid4().hex
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="photo.jpg"\r\n\r\n'.encode()
+    body = head + photo + f"\r\n--{boundary}--\r\n".encode()
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{address}/upload", body, kind), timeout=60) as answer:
+        return json.load(answer)[0]
+
+
+def search(address: str, photo: bytes, approach: str) -> None:
+    """One search through the page, from the file to the answer; raises RuntimeError if it is none."""
+    sent = {"path": upload(address, photo), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [sent, approach, 10, 0, 100, 0, 100]}).encode()
+    asking = urllib.request.Request(f"{address}/call/search", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asking, timeout=60) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{address}/call/search/{event}", timeout=60) as answer:
+        told = answer.read().decode()
+    if "event: complete" not in told or "say" not in told:
+        raise RuntimeError(told[:200])
+
+
+def ask_for(seconds: float, ask: Callable[[int], None], first: int) -> tuple[list[float], list[str]]:
     """Milliseconds of each answer within `seconds`, asked one after the other, and what went wrong."""
     taken, errors = [], []
     until = time.perf_counter() + seconds
@@ -50,33 +78,48 @@ def ask_for(seconds: float, ask: Callable[[int], object], first: int) -> tuple[l
     return taken, errors
 
 
+def serve(config: Config) -> subprocess.Popen:
+    """Starts app.py and waits for its page; raises `UserError` if there is none."""
+    script = Path(__file__).resolve().parents[1] / "app.py"
+    options = {name: getattr(config, name) for name in ("index", "results", "cache", "device", "port")}
+    flags = [part for name, value in options.items() if value for part in (f"--{name}", str(value))]
+    served = subprocess.Popen([sys.executable, str(script), "--no-open-browser", *flags], stdout=subprocess.DEVNULL)
+    for _ in range(10 * START):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{config.port}/", timeout=5).close()
+            return served
+        except OSError:
+            if served.poll() is not None:
+                break
+            time.sleep(0.1)
+    served.terminate()
+    raise UserError("the page does not come up: python app.py says why")
+
+
 def main(config: Config) -> None:
     """Measures the page and the search itself, and writes `benchmark_page.json`."""
     measure.positive(config, "clients", "seconds")
-    gradio, client = require("gradio", "gradio_client")
-    engines = app.load_engines(config)
-    engine: Engine = next(iter(engines.values()))
+    engine = next(iter(load_engines(config).values()))
     chosen = np.unique(np.linspace(0, len(engine.gallery) - 1, PHOTOS).astype(int))
-    paths = [engine.path_of(index) for index in chosen]
-    page = app.build_page(gradio, engines)
-    app.launch(gradio, page, config.port, 50, open_browser=False, wait=False)
+    photos = [engine.path_of(index).read_bytes() for index in chosen]
+    served = serve(config)
+    address = f"http://127.0.0.1:{config.port}/gradio_api"
     try:
-        users = [client.Client(f"http://127.0.0.1:{config.port}/", verbose=False) for _ in range(config.clients)]
 
-        def through_the_page(user: int) -> tuple[list[float], list[str]]:
-            def ask(turn: int) -> object:
-                photo = client.handle_file(paths[turn % len(paths)])
-                return users[user].predict(photo, engine.approach, 10, 0, 100, 0, 100, api_name="/search")
+        def client(number: int) -> tuple[list[float], list[str]]:
+            return ask_for(
+                config.seconds, lambda turn: search(address, photos[turn % len(photos)], engine.approach), number
+            )
 
-            return ask_for(config.seconds, ask, user)
-
+        search(address, photos[0], engine.approach)  # the first is slow
         started = time.perf_counter()
         with ThreadPoolExecutor(config.clients) as pool:
-            answers = list(pool.map(through_the_page, range(config.clients)))
+            answers = list(pool.map(client, range(config.clients)))
         per_second = sum(len(taken) for taken, _ in answers) / (time.perf_counter() - started)
     finally:
-        page.close()
-    directly = [engine.ask(path.read_bytes(), 10) for path in paths for _ in range(4)]
+        served.terminate()
+        served.wait()
+    directly = [engine.ask(photo, 10) for photo in photos for _ in range(4)]
     alone = [sum(answer.milliseconds.values()) for answer in directly]
     taken, errors = [ms for each, _ in answers for ms in each], [error for _, each in answers for error in each]
     if not taken:

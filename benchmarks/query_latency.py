@@ -49,6 +49,7 @@ def main(config: Config) -> None:
     """Measures the whole and its parts in turns and writes `benchmark_query_latency.json`."""
     measure.positive(config, "turns", "queries")
     embedder, photos = measure.load(config)
+    measure.require_queries(photos)
     asking = np.linspace(0, len(photos) - 1, min(config.queries, len(photos) // 10)).astype(int)
     gallery = photos.subset(np.setdiff1d(np.arange(len(photos)), asking))
     knn = CosineKNN(embedder.embed_photos(gallery, Path(config.cache), "embedding the photos"))

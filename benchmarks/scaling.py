@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
-from common.config import run
+from common.config import UserError, run
 from common.device import choose_product_precision
 from common.extras import figures
 from common.knn import CosineKNN
@@ -68,15 +68,19 @@ def _status(field: str) -> int:
 def main(config: Config) -> None:
     """Measures all sizes and writes `benchmark_scaling.json`."""
     measure.positive(config, "turns", "queries", "k")
+    sizes_asked = measure.whole_numbers(config.sizes)
+    if config.k > sizes_asked[0]:
+        raise UserError(f"k is {config.k}: the smallest gallery has {sizes_asked[0]} photos")
     real, queries, name = measure.real_embeddings(config, config.queries)
     sizes, ratios = {}, {}
-    for size in measure.whole_numbers(config.sizes):
+    for size in sizes_asked:
         gallery = measure.gallery_of(size, real)
         asking = queries[: max(1, PRODUCTS // size)]
         taken: dict[str, list[float]] = {"build": [], "search": [], "latency": []}
         for turn in range(config.turns + 1):
             built = seconds_of(lambda gallery=gallery: CosineKNN(gallery))
             knn = CosineKNN(gallery)
+            knn.search(asking, 1)  # the first search looks at how the gallery is rounded
             searched = seconds_of(lambda knn=knn, asking=asking: knn.search(asking, config.k))
             alone = [seconds_of(lambda one=one, knn=knn: knn.search(one[None], config.k)) for one in asking[:ALONE]]
             if turn:

@@ -148,6 +148,16 @@ def load_backbone(
     return network, preprocessing, used
 
 
+def rebuild_backbone(stored: dict) -> nn.Module:
+    """The network that `load_backbone` gave to the run that left the checkpoint `stored`, with random weights."""
+    config = stored["config"]
+    wanted = (config["backbone"], "none", config["image_size"], config["pooling"], config["whole_photo"])
+    network, _, _ = load_backbone(*wanted)
+    if hasattr(network, "transform_input"):  # no state dict tells
+        network.transform_input = stored["model"]["weights"] != "none (untrained)"
+    return network
+
+
 def preprocessing_of(name: str, weights: str, image_size: int, whole_photo: bool) -> Preprocessing:
     """What the network `name` is to see; the arguments are those of `load_backbone`."""
     choices = _choices(name)
@@ -177,6 +187,8 @@ def require_size(network: nn.Module, size: int, complaint: str, hyperparameter: 
 def network_digest(network: nn.Module) -> str:
     """SHA-256 of a network's layers, parameters and buffers: networks with the same digest embed alike."""
     digest = hashlib.sha256(repr(network).encode())
+    if any(getattr(module, "transform_input", False) for module in network.modules()):  # repr doesn't tell
+        digest.update(b"transform_input")
     for key, tensor in network.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

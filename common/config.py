@@ -27,6 +27,8 @@ RANGES = {  # of hyperparameters, which mean the same in every script
     "pixel_weight": (0.0, 1e6),
     "feature_weight": (0.0, 1e6),
     "view_weight": (0.0, 1e6),
+    "port": (1, 65_535),
+    "max_megabytes": (1, 10_000),
 }
 
 

@@ -149,8 +149,9 @@ class CosineKNN:
         slack = np.float32(2 * (queries.shape[1] / 4 + 4) * 2.0**-24)
         order = _descending(scores)
         scores = np.take_along_axis(scores, order, axis=1)
-        inside = scores >= scores[:, k - 1 : k] - slack
-        order, scores, inside = (each[:, : inside.sum(axis=1).max()] for each in (order, scores, inside))
+        inside = (scores >= scores[:, k - 1 : k] - slack) & (scores > -np.inf)
+        width = max(k, inside.sum(axis=1).max())
+        order, scores, inside = (each[:, :width] for each in (order, scores, inside))
         which = np.take_along_axis(which, order, axis=1)
         close = (scores[:, :-1] <= scores[:, 1:] + slack) & inside[:, 1:]
         near = np.pad(close, ((0, 0), (1, 0))) | np.pad(close, ((0, 0), (0, 1)))
@@ -159,7 +160,7 @@ class CosineKNN:
         for part in np.array_split(np.arange(len(row)), len(row) // 512 + 1):
             pairs = queries[row[part]].astype(np.float64) * self.gallery[which[row[part], place[part]]]
             precise[row[part], place[part]] = pairs.sum(axis=1)
-        order = np.argsort(-precise, axis=1, kind="stable")[:, :k]
+        order = np.lexsort((which, -precise))[:, :k]
         return np.take_along_axis(precise, order, axis=1), np.take_along_axis(which, order, axis=1)
 
 

@@ -75,6 +75,7 @@ def train(
         "model": model,
         "preprocessing": preprocessing.plain(),
         "photos": fingerprint(photos),
+        "folder": str(photos.folder),
     }
     history = _resume(path, facts, network, optimizer, scaler) if config.resume else []
 

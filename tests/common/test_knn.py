@@ -70,6 +70,19 @@ def test_blocks_give_what_one_product_gives(monkeypatch):
     assert blocks[1].tolist() == whole[1].tolist() == brute_force(gallery, queries, 20)[1].tolist()
 
 
+def test_copies_in_different_blocks_come_in_order_of_index(monkeypatch):
+    """The first block's two copies are compared in float64, the second's one in float32 at first."""
+    monkeypatch.setattr(knn, "GALLERY_BLOCK", 64)
+    rng = np.random.default_rng(6)
+    gallery, queries = rng.normal(size=(130, 100)), rng.normal(size=(200, 100))
+    gallery[[1, 70, 100]] = gallery[0]
+    for k in (2, 3, 90):  # 90 are more than a block holds
+        _, indices = CosineKNN(gallery).search(queries, k)
+        assert indices.tolist() == brute_force(gallery, queries, k)[1].tolist()
+    _, indices = CosineKNN(gallery).search(gallery[:1], 64, exclude=np.array([0]))
+    assert indices[0, :3].tolist() == [1, 70, 100]
+
+
 def test_equal_photos_come_in_order_of_index():
     gallery = np.tile(np.random.default_rng(1).normal(size=512), (50, 1))
     for at_once in (1, 3, 40):
