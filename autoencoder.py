@@ -29,7 +29,7 @@ from common.augment import random_views
 from common.backbones import InFloat32, Preprocessing, load_backbone, preprocessing_of
 from common.config import UserError, demonstration, run
 from common.device import choose_device
-from common.embed import Embedder
+from common.embed import Embedder, image_of
 from common.evaluate import evaluate, seed_everything
 from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report
@@ -189,7 +189,7 @@ def reconstruct(
     errors, columns = [], []
     network.eval()
     for index in range(len(queries)):
-        square = preprocessing.square(preprocessing.decode(queries.read(index)))
+        square = preprocessing.square(image_of(queries, index))
         with torch.inference_mode():
             rebuilt, _ = network(preprocessing.normalise(torch.from_numpy(square)[None].to(device)))
         pixels = (rebuilt[0] * std + mean).clamp(0, 1).permute(1, 2, 0).cpu().numpy()

@@ -56,7 +56,7 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
         flags = dict.fromkeys(("--" + field.name.replace("_", "-"), "--" + field.name))
         flags |= {"-" + field.name: None} if len(field.name) == 1 else {}
         parser.add_argument(*flags, default=field.default, help=meaning, **_parsing(field.type))
-    config = config_class(**vars(parser.parse_args(arguments)))
+    config = config_class(**vars(parser.parse_intermixed_args(arguments)))
     for name, (low, high) in RANGES.items():
         value = getattr(config, name, low)
         if not low <= value <= high:  # NaN too
