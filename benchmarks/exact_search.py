@@ -21,7 +21,7 @@ from common.extras import require
 from common.knn import CosineKNN
 
 KS = (5, 100)
-PRODUCTS = 216_000_000  # of a query and a gallery embedding in a turn: fewer queries where the gallery is large
+PRODUCTS = 100_000_000  # of a query and a gallery embedding in a turn: fewer queries where the gallery is large
 FEWEST = 256  # queries
 
 

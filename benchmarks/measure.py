@@ -152,7 +152,7 @@ def draw_ratios(path: Path, title: str, found: dict[str, Ratio]) -> None:
     ]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_yticks(range(len(found)), [ratio.replace("_", " ") for ratio in found])
+    axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.4, -0.7)
     axes.grid(axis="x", color="#e3e7eb")
     axes.set_axisbelow(True)

@@ -153,6 +153,7 @@ def draw(path: Path, taken: list[float], percentiles: dict[str, float], config: 
     pyplot = figures()
     figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
     axes.hist(taken, bins=60, color="#1f6feb")
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the names of the lines
     for name, value in percentiles.items():
         axes.axvline(value, color="#d64541")
         axes.annotate(f"{name} {value:.0f} ms", (value, axes.get_ylim()[1]), rotation=90, va="top", ha="right", size=8)

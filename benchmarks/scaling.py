@@ -126,6 +126,7 @@ def draw(path: Path, sizes: dict[int, dict]) -> None:
     """Four panels over the size of the gallery, with what linear growth from the largest would be."""
     pyplot = figures()
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    figure.suptitle("benchmark: scaling", x=0.01, ha="left")
     at = np.array(list(sizes))
     for axes, (field, label, scale, power) in zip(
         panels,
