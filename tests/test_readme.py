@@ -51,7 +51,12 @@ def test_the_speeds_are_those_of_the_benchmarks():
         values = measured(benchmark)["ratios"][ratio]
         assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in README
     latency = measured("query_latency")["milliseconds"]["whole"]
-    assert f"{latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in " ".join(README.split())
+    text = " ".join(README.split())
+    assert f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in text
+    page = measured("page")
+    assert f"{len(page['errors'])} errors, p95 {page['milliseconds']['p95']:.0f} ms" in text
+    memory = [size["search_memory_bytes"] / 1e6 for size in measured("scaling")["sizes"].values()]
+    assert f"{min(memory):.0f} to {max(memory):.0f} MB" in text
 
 
 def test_the_validation_runs_are_what_the_readme_says():
