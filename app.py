@@ -21,7 +21,7 @@ from common.extras import require
 from common.files import written_whole
 from common.metrics import majority_vote
 from common.photos import UnreadablePhotoError
-from search import APPROACHES, Answer, Engine, load_engine
+from search import WHOLE, Answer, Engine, load_engine, trained_approaches
 
 ALL = "all side by side"
 TITLES = {"siamese": "siamese network", "autoencoder": "autoencoder", "cnn_feature_extraction": "CNN features"}
@@ -52,11 +52,10 @@ class Config:
 
 def load_engines(config: Config) -> dict[str, Engine]:
     """An engine for each approach that has a checkpoint; raises `UserError` if none has."""
-    trained = [name for name in APPROACHES if (Path(config.results) / f"{name}.pt").exists()]
-    if not trained:
-        raise UserError(f"there is no checkpoint in {config.results}: train an approach first, with python siamese.py")
-    cache = None if config.cache == "none" else Path(config.cache)
-    return {name: load_engine(name, Path(config.results), config.index, cache, config.device) for name in trained}
+    results, cache = Path(config.results), None if config.cache == "none" else Path(config.cache)
+    return {
+        name: load_engine(name, results, config.index, cache, config.device) for name in trained_approaches(results)
+    }
 
 
 def example_photos(engine: Engine) -> list[str]:
@@ -126,7 +125,7 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
             return [f"**The search failed:** {error}.", *nothing]
         except OSError:  # photos that were given are kept for a day
             return ["**The photo is gone:** give it again.", *nothing]
-        looked_for = next(iter(answers.values())).image if box != (0.0, 0.0, 1.0, 1.0) else None
+        looked_for = next(iter(answers.values())).image if box != WHOLE else None
         status = "Click a photo that was found to search on from it."
         return [status, looked_for, *shown, {name: answers[name].found for name in answers}]
 

@@ -38,7 +38,7 @@ class Config:
     """What to look for, and where. Name photos, folders or addresses: python search.py a.jpg holiday/"""
 
     photos: tuple[str, ...] = field(default=())  # files, folders of photos, http(s) addresses
-    approach: Literal[APPROACHES] = "siamese"  # whose network compares them; it must have been trained
+    approach: Literal[("auto", *APPROACHES)] = "auto"  # whose network compares them; "auto": the first that was trained
     k: int = 5  # neighbours of each photo
     index: str = ""  # a folder of your own photos to search; empty: the gallery that the approach was trained on
     results: str = "results"  # the folder with the approach's checkpoint; the picture goes there
@@ -99,17 +99,23 @@ class Engine:
         return self.gallery.folder / self.gallery.paths[index]
 
 
+def trained_approaches(results: Path) -> list[str]:
+    """Those that have left a checkpoint in `results`; raises `UserError` if none has."""
+    trained = [name for name in APPROACHES if (results / f"{name}.pt").exists()]
+    if not trained:
+        raise UserError(f"there is no checkpoint in {results}: train an approach first, with python siamese.py")
+    return trained
+
+
 def load_embedder(approach: str, results: Path, device: str) -> tuple[Embedder, dict]:
     """The network in the checkpoint that an approach left in `results`, and the checkpoint. Raises `UserError`."""
     path = results / f"{approach}.pt"
     if not path.exists():
-        trained = [name for name in APPROACHES if (results / f"{name}.pt").exists()]
-        instead = f", or choose --approach {' or '.join(trained)}" if trained else ""
-        raise UserError(f"there is no {path}: run python {approach}.py first{instead}")
+        instead = " or ".join(trained_approaches(results))
+        raise UserError(f"there is no {path}: run python {approach}.py first, or choose --approach {instead}")
     stored = load_checkpoint(path)
     try:
         network = importlib.import_module(approach).restore(stored)
-        stored["folder"], stored["preprocessing"]
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path} is of another version of {approach}.py: train anew") from error
     return Embedder(network, Preprocessing.from_plain(stored["preprocessing"]), choose_device(device)), stored
@@ -161,7 +167,9 @@ def main(config: Config) -> None:
     if not config.k:
         raise UserError("k is 0: ask for 1 neighbour or more")
     cache = None if config.cache == "none" else Path(config.cache)
-    engine = load_engine(config.approach, Path(config.results), config.index, cache, config.device)
+    results = Path(config.results)
+    approach = trained_approaches(results)[0] if config.approach == "auto" else config.approach
+    engine = load_engine(approach, results, config.index, cache, config.device)
     rows, failed = [], 0
     for name, data in read_queries(config.photos):
         try:
@@ -174,7 +182,7 @@ def main(config: Config) -> None:
             print(f"error: {name}: {error}", file=sys.stderr)
             failed += 1
     if rows:
-        path = Path(config.results) / "search.png"
+        path = results / "search.png"
         subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"
         with written_whole(path) as temporary:
             draw_rows("search", subheading, rows).save(temporary, "PNG")

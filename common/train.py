@@ -22,6 +22,7 @@ WARM_UP = 0.05  # share of the steps in which the learning rate rises
 CLIP = 5.0  # the largest norm of a step's gradient
 CHECKED = 10  # steps between two looks at the loss, each of which waits for the device
 AHEAD = 4  # batches read while the device is busy
+CHECKPOINT_SCHEMA = 2  # what a checkpoint holds; 2 names the folder of the photos
 FREE = {"results", "cache", "resume", "device", "embed_batch_size"}  # a resumed run may change these hyperparameters
 
 Losses = dict[str, torch.Tensor]  # the parts of the loss by name, each a scalar; their sum is minimised
@@ -69,7 +70,7 @@ def train(
     precision = choose_precision(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     facts = {
-        "schema": 1,
+        "schema": CHECKPOINT_SCHEMA,
         "approach": approach,
         "config": vars(config),
         "model": model,
@@ -146,8 +147,8 @@ def load_checkpoint(path: Path) -> dict:
         raise
     except Exception as error:  # a foreign file fails in as many ways as there are formats
         raise UserError(f"{path} is not a checkpoint that torch can load safely: delete it and train anew") from error
-    if not isinstance(stored, dict) or stored.get("schema") != 1:
-        raise UserError(f"{path} is not a checkpoint of these scripts: name another, or train anew")
+    if not isinstance(stored, dict) or stored.get("schema") != CHECKPOINT_SCHEMA:
+        raise UserError(f"{path} is not a checkpoint of this version of the scripts: name another, or train anew")
     return stored
 
 

@@ -18,7 +18,7 @@ from common.config import UserError
 from common.embed import Embedder
 from common.photos import UnreadablePhotoError
 from common.web import fetch_photo, is_public
-from search import APPROACHES, load_embedder, load_engine
+from search import APPROACHES, load_embedder, load_engine, trained_approaches
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_from_the_shell(run_script, trained, drawn, tmp_path):
     ("arguments", "told"),
     [
         ((), "name a photo to look for"),
-        (("missing.jpg",), "there is no results/siamese.pt: run python siamese.py first"),
+        (("missing.jpg",), "there is no checkpoint in results: train an approach first, with python siamese.py"),
         (("a.jpg", "-k", "0"), "k is 0"),
         (("a.jpg", "--approach", "magic"), "invalid choice"),
     ],
@@ -141,6 +141,17 @@ def test_one_clear_sentence(run_script, arguments, told):
     assert ended.returncode == 2
     assert told in ended.stderr.replace("\\", "/")
     assert "Traceback" not in ended.stderr
+
+
+def test_the_first_approach_that_was_trained_answers_unless_named(run_script, trained, drawn, tmp_path):
+    assert trained_approaches(trained) == list(APPROACHES)
+    (tmp_path / "results").mkdir()
+    for name in ("autoencoder", "cnn_feature_extraction"):
+        shutil.copy(trained / f"{name}.pt", tmp_path / "results")
+    photo = str(next(drawn.rglob("*.jpg")))
+    first, named = (run_script("search.py", photo, *more) for more in ((), ("--approach", "autoencoder")))
+    assert first.returncode == named.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[2:] == named.stdout.splitlines()[2:]
 
 
 def test_a_checkpoint_of_something_else(trained, tmp_path):
