@@ -8,7 +8,6 @@ that can't be compared, being of other photos, another split or another seed, ar
 2008) of their embeddings: what lies together there is alike to the approach.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -16,22 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy.optimize import linear_sum_assignment
-from sklearn.manifold import TSNE
+from PIL import Image
 
 from common.config import UserError, run
 from common.extras import figures
 from common.files import written_whole
+from common.maps import draw_map
 from common.photos import gallery_and_queries
-from common.report import FAINT, INK, MARGIN, PAPER, SCHEMA
-from search import APPROACHES, load_embedder
+from common.report import COLOURS, SCHEMA
+from search import load_embedder, trained_approaches
 
 QUALITY = ("precision@5", "accuracy@5", "map@100", "instance_hit_rate@1")
 KS = (1, 5, 10, 100)
 FLOORS = {"raw_pixels": "raw pixels, 32 x 32", "chance": "chance"}
-COLOURS = ("#1f6feb", "#d64541", "#2e9e5b", "#8250df", "#bf8700", "#0a7ea4", "#cf222e", "#57606a")
-MAP_TILE = 64  # pixels of a photo on a map
 
 Result = dict
 
@@ -213,48 +209,15 @@ def draw(path: Path, results: dict[str, Result]) -> None:
     pyplot.close(figure)
 
 
-def layout(embeddings: np.ndarray, seed: int, side: int) -> np.ndarray:
-    """A place on a grid of `side` x `side` for each of float32 [N, D]: int [N, 2], column and row, none taken twice.
-
-    t-SNE lays them out, and each goes to a free place near its own, with the least way in all.
-    """
-    perplexity = min(30.0, max(1.0, (len(embeddings) - 1) / 3))
-    places = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
-    low, high = places.min(0), places.max(0)
-    places = (places - low) / np.maximum(high - low, 1e-9) * (side - 1)
-    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
-    ways = np.square(places[:, None] - grid[None]).sum(axis=2)
-    return grid[linear_sum_assignment(ways)[1]]
-
-
-def draw_map(path: Path, approach: str, config: Config) -> None:
-    """Some queries of an approach, with what it calls alike side by side and a frame in the colour of their class."""
+def map_of(approach: str, config: Config) -> Image.Image:
+    """Some queries of an approach, those that it calls alike side by side."""
     embedder, stored = load_embedder(approach, Path(config.results), "auto")
     own = stored["config"]
     cache = None if own["cache"] == "none" else Path(own["cache"])
     _, queries = gallery_and_queries(Path(stored["folder"]), own["queries"], own["split"], own["seed"], cache)
     shown = np.linspace(0, len(queries) - 1, min(config.map_photos, len(queries))).astype(int)
-    photos = queries.subset(np.unique(shown))
-    side = max(2, math.ceil(1.25 * math.sqrt(len(photos))))
-    places = layout(embedder.embed_photos(photos, cache, "embedding the queries"), config.seed, side)
-    top, frame = 2 * MARGIN + 40, 3
-    picture = Image.new("RGB", (2 * MARGIN + side * MAP_TILE, top + side * MAP_TILE + MARGIN), PAPER)
-    pen, small, large = ImageDraw.Draw(picture), ImageFont.load_default(14), ImageFont.load_default(20)
-    pen.text((MARGIN, MARGIN - 8), f"{approach}: what it calls alike lies together", INK, large)
-    x = MARGIN
-    for name, colour in zip(photos.classes, itertools.cycle(COLOURS), strict=False):
-        pen.rectangle((x, MARGIN + 26, x + 12, MARGIN + 38), colour)
-        pen.text((x + 18, MARGIN + 24), name, FAINT, small)
-        x += 40 + round(small.getlength(name))
-    for index, (column, row) in enumerate(places):
-        left, upper = MARGIN + column * MAP_TILE, top + row * MAP_TILE
-        colour = COLOURS[photos.labels[index] % len(COLOURS)]
-        pen.rectangle((left, upper, left + MAP_TILE - 3, upper + MAP_TILE - 3), colour)
-        inside = MAP_TILE - 2 - 2 * frame
-        thumbnail = ImageOps.fit(embedder.image_at(photos, index), (inside, inside), Image.Resampling.LANCZOS)
-        picture.paste(thumbnail, (left + frame, upper + frame))
-    with written_whole(path) as temporary:
-        picture.save(temporary, "PNG")
+    heading = f"{approach}: what it calls alike lies together"
+    return draw_map(heading, embedder, queries.subset(np.unique(shown)), config.seed, cache)
 
 
 def main(config: Config) -> None:
@@ -271,14 +234,11 @@ def main(config: Config) -> None:
         file.write_text(text, encoding="utf-8")
     print(f"written: {folder / 'comparison.md'} and .png")
     if config.map:
-        mapped = [approach for approach in APPROACHES if (folder / f"{approach}.pt").exists()]
-        if not mapped:
-            raise UserError(
-                f"{folder} holds no checkpoint (.pt) to draw a map of: train an approach, such as siamese.py"
-            )
-        for approach in mapped:
-            draw_map(folder / f"{approach}.map.png", approach, config)
-            print(f"written: {folder / f'{approach}.map.png'}")
+        for approach in trained_approaches(folder):
+            path = folder / f"{approach}.map.png"
+            with written_whole(path) as temporary:
+                map_of(approach, config).save(temporary, "PNG")
+            print(f"written: {path}")
 
 
 if __name__ == "__main__":

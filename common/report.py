@@ -36,6 +36,16 @@ SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 5
 TILE, GAP, MARGIN, FRAME = 128, 14, 28, 5  # pixels of the picture
 INK, FAINT, PAPER = "#22262b", "#7b828a", "#ffffff"
 RIGHT, WRONG = "#2e9e5b", "#d64541"  # frames
+COLOURS = (
+    "#1f6feb",
+    "#d64541",
+    "#2e9e5b",
+    "#8250df",
+    "#bf8700",
+    "#0a7ea4",
+    "#cf222e",
+    "#57606a",
+)  # of approaches and classes
 
 
 def write_report(

@@ -4,12 +4,11 @@ import copy
 import json
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from common.config import UserError
-from compare import Config, layout, read_results, require_comparable, rows_of, table, ties
+from compare import Config, read_results, require_comparable, rows_of, table, ties
 from tests.conftest import ROOT
 
 REFERENCE = [str(ROOT / "results" / "reference" / f"{name}.json") for name in ("siamese", "autoencoder")]
@@ -63,17 +62,6 @@ def test_files_that_are_no_results(tmp_path):
     (tmp_path / "a.json").write_text('{"benchmark": "embedding"}')
     with pytest.raises(UserError, match="there is no result file"):
         read_results(Config(results=str(tmp_path)))
-
-
-def test_a_map_gives_each_photo_a_place_of_its_own():
-    rng = np.random.default_rng(0)
-    centres = np.repeat(np.eye(8)[:2], 20, axis=0)
-    places = layout((centres + 0.05 * rng.normal(size=centres.shape)).astype(np.float32), 0, 8)
-    assert len(np.unique(places, axis=0)) == 40
-    assert places.min() >= 0
-    assert places.max() < 8
-    middles = places[:20].mean(0), places[20:].mean(0)
-    assert np.linalg.norm(middles[0] - middles[1]) > 2  # two clusters lie apart
 
 
 def test_from_the_shell(run_script, trained, tmp_path):
