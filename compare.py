@@ -169,19 +169,19 @@ def table(results: dict[str, Result]) -> str:
 def draw(path: Path, results: dict[str, Result]) -> None:
     """Three panels: precision@5 against latency, precision at every k, loss of every epoch."""
     pyplot = figures()
-    figure, (quality, precision, training) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, (quality, precision, training) = pyplot.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
     everywhere = all("precision@5" in result["metrics"] for result in results.values())
     shown = "precision@5" if everywhere else "precision@1"  # a gallery of four photos has no precision@5
     for colour, (name, result) in zip(COLOURS * math.ceil(len(results) / len(COLOURS)), results.items(), strict=False):
         label, scores = name + remarks(result), result["metrics"]
         score, latency = scores[shown], result["timing"]["query_latency_ms"]["p50"]
         spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
-        quality.errorbar(latency, score["value"], spread, fmt="o", color=colour, capsize=4, label=label)
+        quality.errorbar(latency, score["value"], spread, fmt="o", color=colour, capsize=4)
         ks = [k for k in KS if f"precision@{k}" in scores]
         precision.plot(ks, [scores[f"precision@{k}"]["value"] for k in ks], "o-", color=colour, label=label)
         if result["history"]:
             losses = np.array([epoch["loss"] for epoch in result["history"]])
-            training.plot(range(1, len(losses) + 1), losses / losses[0], "o-", color=colour, label=label)
+            training.plot(range(1, len(losses) + 1), losses / losses[0], "o-", color=colour)
     floors = next(iter(results.values()))["baselines"]
     for (floor, label), style in zip(FLOORS.items(), ("--", ":"), strict=True):
         ks = [k for k in KS if f"precision@{k}" in floors[floor]]
@@ -201,10 +201,10 @@ def draw(path: Path, results: dict[str, Result]) -> None:
         axes.set_title(title, loc="left")
         axes.grid(color="#e3e7eb")
         axes.set_axisbelow(True)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
-        else:
-            axes.text(0.5, 0.5, "nothing was trained", ha="center", transform=axes.transAxes, color="#57606a")
+    if not training.lines:
+        training.text(0.5, 0.5, "nothing was trained", ha="center", transform=training.transAxes, color="#57606a")
+    names = precision.get_legend_handles_labels()  # of all that is in any panel
+    figure.legend(*names, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)
 
