@@ -196,7 +196,7 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
                             )
                         gallery.select(search_on(name), found, photo, api_visibility="private")
                         outputs += [column, said, gallery]
-        asked = [photo.change, choice.change, k.release, button.click, page.load, *(edge.release for edge in edges)]
+        asked = [button.click, page.load, *(given.change for given in (photo, choice, k, *edges))]
         gradio.on(
             asked,
             answering(engines, gradio),
