@@ -20,7 +20,7 @@ from common.config import UserError, run
 from common.extras import require
 from common.files import written_whole
 from common.metrics import majority_vote
-from common.photos import UnreadablePhotoError
+from common.photos import UnreadablePhotoError, decode_photo
 from search import WHOLE, Answer, Engine, load_engine, trained_approaches
 
 ALL = "all side by side"
@@ -28,6 +28,13 @@ TITLES = {"siamese": "siamese network", "autoencoder": "autoencoder", "cnn_featu
 EXAMPLES = 6  # photos to begin with
 TILE = 360  # pixels, at most, of a photo that was found
 SMALLEST = 0.05  # of a part to look for, as a share of the photo's side
+CLICKED = 0.5  # the same, of the part about a point that was clicked
+EDGES = {
+    "left, % of the width": 0,
+    "right, % of the width": 100,
+    "top, % of the height": 0,
+    "bottom, % of the height": 100,
+}
 FONTS = ("system-ui", "sans-serif")  # no fonts from elsewhere
 CSS = """
 .found .grid-wrap { min-height: 0 !important; max-height: none !important; }
@@ -99,12 +106,21 @@ def part_of(left: float, right: float, top: float, bottom: float) -> tuple[float
     return left, top, max(right, left + SMALLEST), max(bottom, top + SMALLEST)
 
 
+def edges_about(point: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """Left, right, top, bottom in % of the part about a point of a photo of that size, both x and y in pixels."""
+    edges = []
+    for position, length in zip(point, size, strict=True):
+        start = min(max(position / length - CLICKED / 2, 0), 1 - CLICKED)
+        edges += [round(100 * start), round(100 * (start + CLICKED))]
+    return edges
+
+
 def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., list]:
     """The function behind the page: photo and choices -> status, the part that was looked for, for each approach its
     column, words and photos, and what was found."""
 
     def answer(path: str | None, choice: str, k: float, *edges: float) -> list:
-        nothing = [None, *([gradio.update(visible=False), "", None] * len(engines)), {}]
+        nothing = [gradio.update(visible=False), *([gradio.update(visible=False), "", None] * len(engines)), {}]
         if not path:
             return ["The photos that it finds are shown here.", *nothing]
         chosen = list(engines) if choice == ALL else [choice]
@@ -125,7 +141,7 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
             return [f"**The search failed:** {error}.", *nothing]
         except OSError:  # photos that were given are kept for a day
             return ["**The photo is gone:** give it again.", *nothing]
-        looked_for = next(iter(answers.values())).image if box != WHOLE else None
+        looked_for = gradio.update(value=next(iter(answers.values())).image, visible=box != WHOLE)
         status = "Click a photo that was found to search on from it."
         return [status, looked_for, *shown, {name: answers[name].found for name in answers}]
 
@@ -146,6 +162,12 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
 
         return chosen
 
+    def clicked(path: str, event: gradio.SelectData) -> list[int]:
+        try:
+            return edges_about(event.index, decode_photo(Path(path).read_bytes()).size)
+        except (UnreadablePhotoError, OSError):
+            return list(EDGES.values())  # the search says what is wrong
+
     with gradio.Blocks(title="Image similarity search", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gradio.Markdown("# Image similarity search\nGive it a photo, and it finds the photos that look most like it.")
         found = gradio.State({})
@@ -163,15 +185,12 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
                 choices = [(TITLES[name], name) for name in engines] + ([(ALL, ALL)] if len(engines) > 1 else [])
                 choice = gradio.Radio(choices, value=next(iter(engines)), label="Approach", elem_id="approach")
                 k = gradio.Slider(1, 50, 10, step=1, label="Photos to find", elem_id="k")
-                with gradio.Accordion("Search for a part of the photo", open=False, elem_id="part"):
-                    edges = [
-                        gradio.Slider(0, 100, value, step=1, label=f"{edge}, % of the {side}")
-                        for edge, side, value in (
-                            *(("left", "width", 0), ("right", "width", 100)),
-                            *(("top", "height", 0), ("bottom", "height", 100)),
-                        )
-                    ]
-                    part = gradio.Image(label="Looked for", interactive=False, height=160, buttons=[], elem_id="looked")
+                part = gradio.Image(
+                    label="Looked for", interactive=False, height=160, buttons=[], visible=False, elem_id="looked"
+                )
+                with gradio.Accordion("Search for a part: click it in the photo, or", open=False, elem_id="part"):
+                    edges = [gradio.Slider(0, 100, value, step=1, label=name) for name, value in EDGES.items()]
+                    whole = gradio.Button("The whole photo", elem_id="whole")
                 button = gradio.Button("Search", variant="primary", elem_id="search")
                 gradio.Examples(
                     example_photos(next(iter(engines.values()))), photo, label="Or one of these", elem_id="examples"
@@ -196,17 +215,24 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
                             )
                         gallery.select(search_on(name), found, photo, api_visibility="private")
                         outputs += [column, said, gallery]
-        asked = [button.click, page.load, *(given.change for given in (photo, choice, k, *edges))]
-        gradio.on(
-            asked,
-            answering(engines, gradio),
-            [photo, choice, k, *edges],
-            [status, part, *outputs, found],
-            api_name="search",
-            concurrency_limit=1,  # one search takes all cores
-            show_progress="minimal",
-            trigger_mode="always_last",
-        )
+        searching = {
+            "fn": answering(engines, gradio),
+            "inputs": [photo, choice, k, *edges],
+            "outputs": [status, part, *outputs, found],
+            "concurrency_id": "search",
+            "concurrency_limit": 1,  # one search takes all cores
+            "show_progress": "minimal",
+            "trigger_mode": "always_last",
+        }
+        asked = [button.click, page.load, *(given.change for given in (choice, k, *edges))]
+        gradio.on(asked, **searching, api_name="search")
+        back = {"fn": None, "outputs": edges, "js": f"() => {list(EDGES.values())}"}
+        for chosen in (
+            photo.change(**back),
+            photo.select(clicked, photo, edges, api_visibility="private"),
+            whole.click(**back),
+        ):
+            chosen.then(**searching, api_visibility="private")
     return page
 
 

@@ -66,7 +66,9 @@ def train(
     """
     path = Path(config.results) / f"{approach}.pt"
     device = next(network.parameters()).device
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     precision = choose_precision(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     facts = {

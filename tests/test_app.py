@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app import part_of
+from app import edges_about, part_of
 from tests.conftest import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -126,6 +126,33 @@ def test_sliders_by_keyboard_alone(page, drawn):
 
 
 @browser_test
+def test_a_part_by_a_click_and_the_whole_again(page, drawn):
+    def edges():
+        return [int(page.locator("#part input[type=range]").nth(slider).input_value()) for slider in range(4)]
+
+    photos = sorted(drawn.rglob("*.jpg"))
+    give(page, photos[0])
+    wait_for_photos(page, "siamese", 10)
+    page.click("#photo img")  # in its middle
+    page.wait_for_selector("#looked img")
+    page.click("#part button >> nth=0")
+    page.wait_for_selector("#part input[type=range]")
+    assert edges() == pytest.approx([25, 75, 25, 75], abs=2)  # a mouse points at whole pixels
+    page.click("#whole")
+    page.wait_for_selector("#looked", state="hidden")
+    assert edges() == [0, 100, 0, 100]
+
+    page.click("#photo img")  # in its middle
+    page.wait_for_selector("#looked img")
+    page.click("#found-siamese .grid-container button >> nth=2")  # another photo, which counts as a whole
+    page.wait_for_selector("#looked", state="hidden")
+    page.wait_for_function(
+        "() => document.querySelector('#said-siamese').innerText.includes('The photo itself is in the gallery')"
+    )
+    assert edges() == [0, 100, 0, 100]
+
+
+@browser_test
 def test_an_example_by_keyboard_alone(page):
     example = page.locator("#examples button >> nth=0")
     example.focus()
@@ -228,6 +255,11 @@ def test_the_part_that_is_looked_for():
     assert part_of(0, 100, 0, 100) == (0.0, 0.0, 1.0, 1.0)
     assert part_of(80, 20, 10, 90) == (0.2, 0.1, 0.8, 0.9)  # sliders that have crossed
     assert part_of(100, 100, 50, 50) == pytest.approx((0.95, 0.5, 1.0, 0.55))
+
+
+def test_the_part_about_a_click():
+    assert edges_about((100, 60), (200, 100)) == [25, 75, 35, 85]
+    assert edges_about((0, 99), (200, 100)) == [0, 50, 50, 100]  # moved into the photo
 
 
 def test_nothing_trained_yet(run_script):
