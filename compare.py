@@ -229,10 +229,12 @@ def main(config: Config) -> None:
     text = table(results)
     print(text)
     folder = Path(config.results)
-    with written_whole(folder / "comparison.png") as picture, written_whole(folder / "comparison.md") as file:
-        draw(picture, results)
-        file.write_text(text, encoding="utf-8")
-    print(f"written: {folder / 'comparison.md'} and .png")
+    with written_whole(folder / "comparison.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"written: {folder / 'comparison.md'}")
+    with written_whole(folder / "comparison.png") as temporary:
+        draw(temporary, results)
+    print(f"written: {folder / 'comparison.png'}")
     if config.map:
         for approach in trained_approaches(folder):
             path = folder / f"{approach}.map.png"

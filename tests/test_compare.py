@@ -3,12 +3,13 @@
 import copy
 import json
 import shutil
+import sys
 
 import pytest
 from PIL import Image
 
 from common.config import UserError
-from compare import Config, read_results, require_comparable, rows_of, table, ties
+from compare import Config, main, read_results, require_comparable, rows_of, table, ties
 from tests.conftest import ROOT
 
 REFERENCE = [str(ROOT / "results" / "reference" / f"{name}.json") for name in ("siamese", "autoencoder")]
@@ -52,6 +53,14 @@ def test_drawn_photos_and_untrained_weights_are_marked(results):
     results["siamese"]["dataset"]["name"] = "drawn sample 1"
     results["siamese"]["model"]["weights"] = "none (untrained)"
     assert "[siamese](siamese.py) (drawn photos, untrained weights)" in table(results)
+
+
+def test_without_matplotlib_the_table_is_written(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"matplotlib is missing: pip install -r requirements-extra\.txt"):
+        main(Config(files=tuple(REFERENCE), results=str(tmp_path)))
+    assert (tmp_path / "comparison.md").read_text() == table(results)
+    assert not (tmp_path / "comparison.png").exists()
 
 
 def test_files_that_are_no_results(tmp_path):
