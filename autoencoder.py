@@ -35,9 +35,9 @@ from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.report import write_report
 from common.train import below, train
 
-STAGES, BLOCKS = 4, 2  # halvings behind the encoder's first one; residual blocks of each
-DECODER_WIDTH = 64  # channels
-GROWTH = 16  # the decoder doubles its maps twice, and sorts the channels of the last ones into 4 x 4 pixels
+BLOCKS = (1, 2, 2)  # residual blocks of the encoder's stages, each of which halves the maps and doubles the channels
+DECODER_WIDTH = 32  # channels
+GROWTH = 16  # the decoder doubles its maps once, and sorts the channels of the last ones into 8 x 8 pixels
 SHOWN = 12  # photos in the picture of reconstructions
 ON_DRAWN_PHOTOS = {"image_size": 64, "epochs": 6}  # instead of the defaults, to end soon
 
@@ -71,7 +71,7 @@ class Config:
     # Training
     view_size: int = 64  # pixels, square, of a view, at most image_size; less is faster and suits crops; 0: image_size
     least_area: float = 0.35  # of the crop in a view, as a share of the photo
-    epochs: int = 20  # times that each photo is seen
+    epochs: int = 30  # times that each photo is seen
     batch_size: int = 64  # photos in a step
     learning_rate: float = 2e-3  # of AdamW at its height
     weight_decay: float = 0.05
@@ -113,15 +113,13 @@ class Encoder(nn.Sequential):
     """float [B, 3, S, S] -> the bottleneck, float32 [B, D]."""
 
     def __init__(self, width: int, dimension: int):
-        widths = [width * 2**stage for stage in range(STAGES + 1)]
-        stages = [
-            Residual(widths[stage] if block == 0 else widths[stage + 1], widths[stage + 1], 2 if block == 0 else 1)
-            for stage in range(STAGES)
-            for block in range(BLOCKS)
-        ]
-        pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        bottleneck = InFloat32(nn.Linear(widths[-1], dimension, bias=False), nn.BatchNorm1d(dimension))
-        super().__init__(convolution(3, width, stride=2), *stages, *pool, bottleneck)
+        stages = [convolution(3, width, stride=2)]
+        for blocks in BLOCKS:
+            stages += [Residual(width, 2 * width, 2), *(Residual(2 * width, 2 * width, 1) for _ in range(blocks - 1))]
+            width *= 2
+        stages += [convolution(width, 2 * width, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        bottleneck = InFloat32(nn.Linear(2 * width, dimension, bias=False), nn.BatchNorm1d(dimension))
+        super().__init__(*stages, bottleneck)
 
 
 class Autoencoder(nn.Module):
@@ -134,8 +132,7 @@ class Autoencoder(nn.Module):
         self.photo_decoder = nn.Sequential(
             *(nn.Linear(dimension, maps * first**2), nn.Unflatten(1, (maps, first, first))),
             *(nn.Upsample(scale_factor=2), convolution(maps, maps)),
-            *(nn.Upsample(scale_factor=2), convolution(maps, maps)),
-            *(nn.Conv2d(maps, 3 * 4**2, 3, padding=1), nn.PixelShuffle(4)),  # Shi et al. 2016
+            *(nn.Conv2d(maps, 3 * 8**2, 3, padding=1), nn.PixelShuffle(8)),  # Shi et al. 2016
         )
 
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: D102
