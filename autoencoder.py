@@ -39,7 +39,7 @@ BLOCKS = (1, 2, 2)  # residual blocks of the encoder's stages, each of which hal
 DECODER_WIDTH = 32  # channels
 GROWTH = 16  # the decoder doubles its maps once, and sorts the channels of the last ones into 8 x 8 pixels
 SHOWN = 12  # photos in the picture of reconstructions
-ON_DRAWN_PHOTOS = {"image_size": 64, "epochs": 6}  # instead of the defaults, to end soon
+ON_DRAWN_PHOTOS = {"image_size": 64, "epochs": 20}  # instead of the defaults, to end soon
 
 
 @dataclass

@@ -37,7 +37,7 @@ from common.squares import load_squares
 from common.train import train
 
 CENTRED_ON, VERIFIED = 256, 2000  # photos
-ON_DRAWN_PHOTOS = {"image_size": 64, "view_size": 64, "epochs": 4}  # instead of the defaults, to end soon
+ON_DRAWN_PHOTOS = {"image_size": 128, "view_size": 96, "epochs": 5}  # instead of the defaults, to end soon
 
 
 @dataclass
