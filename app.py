@@ -188,7 +188,7 @@ def build_page(gradio: ModuleType, engines: dict[str, Engine]) -> Any:
                 part = gradio.Image(
                     label="Looked for", interactive=False, height=160, buttons=[], visible=False, elem_id="looked"
                 )
-                with gradio.Accordion("Search for a part: click it in the photo, or", open=False, elem_id="part"):
+                with gradio.Accordion("Click the photo to search for a part", open=False, elem_id="part"):
                     edges = [gradio.Slider(0, 100, value, step=1, label=name) for name, value in EDGES.items()]
                     whole = gradio.Button("The whole photo", elem_id="whole")
                 button = gradio.Button("Search", variant="primary", elem_id="search")
