@@ -141,7 +141,9 @@ def answering(engines: dict[str, Engine], gradio: ModuleType) -> Callable[..., l
             return [f"**The search failed:** {error}.", *nothing]
         except OSError:  # photos that were given are kept for a day
             return ["**The photo is gone:** give it again.", *nothing]
-        looked_for = gradio.update(value=next(iter(answers.values())).image, visible=box != WHOLE)
+        looked_for = gradio.update(visible=False)
+        if box != WHOLE:
+            looked_for = gradio.update(value=next(iter(answers.values())).image, visible=True)
         status = "Click a photo that was found to search on from it."
         return [status, looked_for, *shown, {name: answers[name].found for name in answers}]
 
