@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from common.config import UserError, run
+from common.data.photos import UnreadablePhotoError, decode_photo
 from common.extras import require
-from common.files import written_whole
-from common.metrics import majority_vote
-from common.photos import UnreadablePhotoError, decode_photo
+from common.retrieval.metrics import majority_vote
+from common.storage import written_whole
 from search import WHOLE, Answer, Engine, load_engine, trained_approaches
 
 ALL = "all side by side"

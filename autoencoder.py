@@ -25,15 +25,15 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone, preprocessing_of
 from common.config import UserError, demonstration, run
+from common.data.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.device import choose_device
-from common.embed import Embedder, image_of
-from common.evaluate import evaluate, seed_everything
-from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
-from common.report import write_report
-from common.train import below, train
+from common.models.augment import random_views
+from common.models.backbones import InFloat32, Preprocessing, load_backbone, preprocessing_of
+from common.models.embedder import Embedder, image_of
+from common.models.training import below, train
+from common.report.result import write_report
+from common.retrieval.protocol import evaluate, seed_everything
 
 BLOCKS = (1, 2, 2)  # residual blocks of the encoder's stages, each of which halves the maps and doubles the channels
 DECODER_WIDTH = 32  # channels

@@ -24,16 +24,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone, rebuild_backbone, require_size
 from common.config import demonstration, run
+from common.data.photos import Photos, gallery_and_queries, is_drawn, locate_photos
 from common.device import choose_device
-from common.embed import Embedder
-from common.evaluate import evaluate, seed_everything
-from common.losses import view_loss
-from common.photos import Photos, gallery_and_queries, is_drawn, locate_photos
-from common.report import write_report
-from common.train import below, train
+from common.models.augment import random_views
+from common.models.backbones import InFloat32, Preprocessing, load_backbone, rebuild_backbone, require_size
+from common.models.embedder import Embedder
+from common.models.losses import view_loss
+from common.models.training import below, train
+from common.report.result import write_report
+from common.retrieval.protocol import evaluate, seed_everything
 
 ON_DRAWN_PHOTOS = {"image_size": 96, "view_size": 64}  # instead of the defaults, to end soon
 

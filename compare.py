@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from common.config import UserError, run
+from common.data.photos import gallery_and_queries
 from common.extras import figures
-from common.files import written_whole
-from common.maps import draw_map
-from common.photos import gallery_and_queries
-from common.report import COLOURS, SCHEMA
+from common.report.maps import draw_map
+from common.report.result import COLOURS, SCHEMA
+from common.storage import written_whole
 from search import load_embedder, trained_approaches
 
 QUALITY = ("precision@5", "accuracy@5", "map@100", "instance_hit_rate@1")

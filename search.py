@@ -17,16 +17,16 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from common.backbones import Preprocessing
 from common.config import UserError, run
+from common.data.photos import Photos, UnreadablePhotoError, find_photos, load_photos, split_photos
+from common.data.web import fetch_photo
 from common.device import choose_device
-from common.embed import Embedder
-from common.files import written_whole
-from common.knn import CosineKNN
-from common.photos import Photos, UnreadablePhotoError, find_photos, load_photos, split_photos
-from common.report import Tile, draw_rows
-from common.train import load_checkpoint
-from common.web import fetch_photo
+from common.models.backbones import Preprocessing
+from common.models.embedder import Embedder
+from common.models.training import load_checkpoint
+from common.report.result import Tile, draw_rows
+from common.retrieval.exact import CosineKNN
+from common.storage import written_whole
 
 APPROACHES = ("siamese", "autoencoder", "cnn_feature_extraction")
 SHOWN, DRAWN = 12, 10  # queries in the picture, and neighbours of each

@@ -24,17 +24,17 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 from torch.nn import functional
 
-from common.augment import random_views
-from common.backbones import InFloat32, Preprocessing, load_backbone, rebuild_backbone, require_size
 from common.config import demonstration, run
+from common.data.photos import Photos, gallery_and_queries, hold_out, is_drawn, locate_photos
 from common.device import choose_device
-from common.embed import Embedder
-from common.evaluate import evaluate, seed_everything
-from common.losses import view_loss
-from common.photos import Photos, gallery_and_queries, hold_out, is_drawn, locate_photos
-from common.report import write_report
-from common.squares import load_squares
-from common.train import train
+from common.models.augment import random_views
+from common.models.backbones import InFloat32, Preprocessing, load_backbone, rebuild_backbone, require_size
+from common.models.decoded import load_squares
+from common.models.embedder import Embedder
+from common.models.losses import view_loss
+from common.models.training import train
+from common.report.result import write_report
+from common.retrieval.protocol import evaluate, seed_everything
 
 CENTRED_ON, VERIFIED = 256, 2000  # photos
 ON_DRAWN_PHOTOS = {"image_size": 128, "view_size": 96, "epochs": 5}  # instead of the defaults, to end soon

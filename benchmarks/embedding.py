@@ -26,13 +26,13 @@ from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
-from common.backbones import load_backbone
 from common.config import run
+from common.data.photos import Photos, load_photos, locate_photos
 from common.device import choose_device, choose_precision, one_thread_each
-from common.embed import Embedder
 from common.extras import require
-from common.files import parallel_map
-from common.photos import Photos, load_photos, locate_photos
+from common.models.backbones import load_backbone
+from common.models.embedder import Embedder
+from common.storage import parallel_map
 
 NETWORKS = {"squeezenet1_1": 1, "resnet18": 2, "resnet50": 4}  # the slower take the n-th part of the photos
 BATCH = 64  # photos, of the plain loop

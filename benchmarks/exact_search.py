@@ -18,7 +18,7 @@ from benchmarks import measure
 from common.config import run
 from common.device import choose_product_precision
 from common.extras import require
-from common.knn import CosineKNN
+from common.retrieval.exact import CosineKNN
 
 KS = (5, 100)
 PRODUCTS = 100_000_000  # of a query and a gallery embedding in a turn: fewer queries where the gallery is large

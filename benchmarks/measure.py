@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.backbones import load_backbone
 from common.config import UserError
+from common.data.photos import Photos, is_drawn, load_photos, locate_photos
 from common.device import choose_device
-from common.embed import Embedder
 from common.extras import figures
-from common.files import written_whole
-from common.knn import normalise
-from common.photos import Photos, is_drawn, load_photos, locate_photos
-from common.report import environment, write_json
+from common.models.backbones import load_backbone
+from common.models.embedder import Embedder
+from common.report.result import environment, write_json
+from common.retrieval.exact import normalise
+from common.storage import written_whole
 
 PAUSE = 0.2  # seconds before each side, in which the threads of the one before go to sleep
 NOISE = 0.5  # length of what is added to a unit vector to make another one

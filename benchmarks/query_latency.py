@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from common.config import run
 from common.extras import figures
-from common.knn import CosineKNN
+from common.retrieval.exact import CosineKNN
 
 WARM_UP = 10  # queries before each measurement
 

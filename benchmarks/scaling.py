@@ -22,7 +22,7 @@ from benchmarks import measure
 from common.config import UserError, run
 from common.device import choose_product_precision
 from common.extras import figures
-from common.knn import CosineKNN
+from common.retrieval.exact import CosineKNN
 
 ALONE = 50  # queries asked one at a time
 PRODUCTS = 1_000_000_000  # of a query and a gallery embedding in a turn: fewer queries where the gallery is large

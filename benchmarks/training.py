@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import autoencoder
 import siamese
 from benchmarks import measure
-from common.augment import HUE, LIGHT
-from common.backbones import InFloat32, Preprocessing, load_backbone
 from common.config import run
+from common.data.photos import Photos, load_photos, locate_photos
 from common.device import choose_device, choose_precision
-from common.losses import view_loss
-from common.photos import Photos, load_photos, locate_photos
+from common.models.augment import HUE, LIGHT
+from common.models.backbones import InFloat32, Preprocessing, load_backbone
+from common.models.losses import view_loss
 
 DIMENSION = 512  # of the random features that the autoencoder learns
 
@@ -162,7 +162,7 @@ def main(config: Config) -> None:
             ours, plain = sides_of(photos, config, folder)
 
             def limit(ours: Callable = ours) -> float:
-                with patch("common.train.load_squares", ready):
+                with patch("common.models.training.load_squares", ready):
                     return ours()
 
             seconds[name] = measure.in_turns({"ours": ours, "limit": limit, "plain_loop": plain}, config.turns, name)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.backbones import load_backbone
-from common.embed import Embedder
-from common.photos import DRAWN_MARK
-from common.sample import draw_sample
+from common.data.photos import DRAWN_MARK
+from common.data.synthetic import draw_sample
+from common.models.backbones import load_backbone
+from common.models.embedder import Embedder
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ from torchvision import models
 
 import autoencoder
 from autoencoder import Autoencoder, Config, features_to_rebuild, reconstruct, whiten
-from common.backbones import load_backbone
-from common.photos import load_photos
+from common.data.photos import load_photos
+from common.models.backbones import load_backbone
 
 SMALL = ("--backbone", "squeezenet1_1", "--image-size", "32", "--view-size", "32", "--width", "8", "--epochs", "2")
 

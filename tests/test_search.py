@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import common.web
+import common.data.web
 from common.config import UserError
-from common.embed import Embedder
-from common.photos import UnreadablePhotoError
-from common.web import fetch_photo, is_public
+from common.data.photos import UnreadablePhotoError
+from common.data.web import fetch_photo, is_public
+from common.models.embedder import Embedder
 from search import APPROACHES, load_embedder, load_engine, trained_approaches
 
 
@@ -212,17 +212,17 @@ def test_addresses_that_only_this_machine_reaches_are_refused(web):
 
 
 def test_a_photo_from_an_address(web, monkeypatch):
-    monkeypatch.setattr(common.web, "is_public", lambda address: True)
+    monkeypatch.setattr(common.data.web, "is_public", lambda address: True)
     assert fetch_photo(f"{web}/photo.jpg") == b"photo"
     assert fetch_photo(f"{web}/to/{web}/photo.jpg") == b"photo"
     with pytest.raises(UserError, match="the server answered 404"):
         fetch_photo(f"{web}/nothing")
     with pytest.raises(UserError, match="the server answered 302"):
         fetch_photo(f"{web}/to/file:///etc/passwd")
-    monkeypatch.setattr(common.web, "LIMIT", 3)
+    monkeypatch.setattr(common.data.web, "LIMIT", 3)
     with pytest.raises(UserError, match="larger than"):
         fetch_photo(f"{web}/photo.jpg")
-    monkeypatch.setattr(common.web, "is_public", lambda address: address != "127.0.0.1")
+    monkeypatch.setattr(common.data.web, "is_public", lambda address: address != "127.0.0.1")
     with pytest.raises(UserError, match="not a public address"):
         fetch_photo(f"{web}/photo.jpg")
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.backbones import InFloat32, load_backbone
-from common.embed import Embedder, image_of
-from common.photos import gallery_and_queries, load_photos
-from common.train import load_checkpoint
+from common.data.photos import gallery_and_queries, load_photos
+from common.models.backbones import InFloat32, load_backbone
+from common.models.embedder import Embedder, image_of
+from common.models.training import load_checkpoint
 from siamese import contrastive_loss, pairs_of_a_class, project, verify
 from tests.conftest import ROOT
 

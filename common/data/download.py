@@ -1,0 +1,153 @@
+"""Fetch the photos of cats and dogs:  python -m common.data.download"""
+
+import shutil
+import stat
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from common.config import UserError, run
+from common.storage import written_whole
+
+ADDRESSES = (
+    "https://storage.googleapis.com/kaggle-data-sets/550917/1003830/bundle/archive.zip",
+    "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/kagglecatsanddogs_5340.zip",
+)
+FOLDER = "cats-and-dogs"
+TIMEOUT = 10.0  # seconds without an answer
+ATTEMPTS = 5  # an address may break off this often, in a row and without a byte in between
+CHUNK = 1 << 20  # bytes
+
+
+class DownloadError(Exception):
+    """One address did not give the archive; the message says why."""
+
+
+@dataclass
+class Config:
+    """What to fetch where to."""
+
+    data: str = "data"  # folder that the photos go to
+
+
+def download(home: Path, addresses: Sequence[str] = ADDRESSES) -> Path:
+    """Fetches and unpacks the first archive to be had into `home/cats-and-dogs`, and returns that folder.
+
+    A download that breaks off is resumed, by this call and, as its beginning lies under `home/.cache`, by the next.
+    Nothing shows under the folder's name before all of it is unpacked. Raises `UserError`, with what to do by hand, if
+    no address gives an archive.
+    """
+    folder = home / FOLDER
+    if folder.is_dir():
+        return folder
+    failures = []
+    for address in addresses:
+        host = urlsplit(address).hostname
+        archive = home / ".cache" / f"{host}-{PurePosixPath(urlsplit(address).path).name}"
+        try:
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(address, archive)
+            _unzip(archive, folder)
+            archive.unlink()
+            return folder
+        except (DownloadError, OSError) as error:
+            failures.append(f"{host}: {error}")
+    raise UserError(
+        f"the cats and dogs could not be downloaded ({'; '.join(failures)}). By hand: open {addresses[-1]} in a "
+        f"browser, and unpack it into {home}"
+    )
+
+
+def _fetch(address: str, archive: Path) -> None:
+    """Downloads `address` to `archive`, going on from where `archive.part` ends; raises `DownloadError`."""
+    if archive.exists():
+        return
+    part = archive.with_name(archive.name + ".part")
+    failed = 0
+    while True:
+        begun = part.stat().st_size if part.exists() else 0
+        try:
+            complete = _receive(address, part, begun)
+            problem = "the connection broke off"
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and begun:  # what lies here does not fit what lies there: from the start
+                part.unlink()
+                complete, problem = False, "the download could not be resumed"
+            else:
+                raise DownloadError(f"answered {error.code} {error.reason}") from error
+        except (urllib.error.URLError, HTTPException, OSError) as error:
+            complete, problem = False, str(getattr(error, "reason", error)) or type(error).__name__
+        if complete:
+            part.replace(archive)
+            return
+        grown = part.exists() and part.stat().st_size > begun
+        failed = 0 if grown else failed + 1
+        if failed >= (ATTEMPTS if begun else 1):
+            raise DownloadError(problem)
+
+
+def _receive(address: str, part: Path, begun: int) -> bool:
+    """Appends to `part` what the server still has to send; True if it is whole then."""
+    request = urllib.request.Request(address, headers={"Range": f"bytes={begun}-"} if begun else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
+        begun = begun if resumed else 0
+        length = answer.headers.get("Content-Length")
+        total = begun + int(length) if length else None
+        if total and total - begun > shutil.disk_usage(part.parent).free:
+            raise DownloadError(f"its {total / 1e9:.1f} GB don't fit on the disk")
+        label = f"downloading from {urlsplit(address).hostname}"
+        with (
+            part.open("ab" if resumed else "wb") as file,
+            tqdm(desc=label, total=total, initial=begun, unit="B", unit_scale=True) as bar,
+        ):
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        return total is None or part.stat().st_size == total
+
+
+def _unzip(archive: Path, folder: Path) -> None:
+    """Unpacks into `folder`, whole or not at all; an archive that is damaged or tries to leave it is deleted."""
+    try:
+        with zipfile.ZipFile(archive) as opened, written_whole(folder) as temporary:
+            members = [member for member in opened.infolist() if not member.is_dir()]
+            for member in members:
+                _check_member(member)
+            if sum(member.file_size for member in members) > shutil.disk_usage(archive.parent).free:
+                raise DownloadError("the unpacked photos don't fit on the disk")
+            temporary.mkdir()
+            for member in tqdm(members, "unpacking", unit=" files"):
+                opened.extract(member, temporary)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
+        archive.unlink()
+        raise DownloadError(f"sent something that is not a sound zip archive ({error})") from error
+
+
+def _check_member(member: zipfile.ZipInfo) -> None:
+    """Raises `BadZipFile` for a name that leads out of the folder, and for links, which could."""
+    name = member.filename
+    leaves = (
+        PureWindowsPath(name).anchor  # a drive or a root
+        or ".." in PureWindowsPath(name).parts
+        or stat.S_ISLNK(member.external_attr >> 16)
+    )
+    if leaves:
+        raise zipfile.BadZipFile(f"it tries to write outside its folder: {name!r}")
+
+
+def main(config: Config) -> None:
+    """Downloads, unless the folder is there already."""
+    print(f"the photos are in {download(Path(config.data))}")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
