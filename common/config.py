@@ -1,87 +1,136 @@
 """From a dataclass of hyperparameters to command-line flags, and from a user's mistake to one clear sentence."""
 
 import argparse
+import ast
 import dataclasses
 import inspect
+import io
 import re
 import sys
+import textwrap
+import tokenize
 import typing
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-Config = TypeVar("Config")
-
-
-RANGES = {  # of hyperparameters, which mean the same in every script
-    "batch_size": (2, 65_536),
-    "learning_rate": (1e-9, 10.0),
-    "weight_decay": (0.0, 10.0),
-    "embedding_dim": (1, 65_536),
-    "width": (1, 1_024),
-    "least_area": (0.01, 1.0),
-    "temperature": (0.001, 10.0),
-    "scale": (0.1, 1_000.0),
-    "margin": (0.0, 2.0),
-    "class_margin": (0.0, 2.0),
-    "whitening": (0.0, 1.0),
-    "pixel_weight": (0.0, 1e6),
-    "feature_weight": (0.0, 1e6),
-    "view_weight": (0.0, 1e6),
-    "port": (1, 65_535),
-    "max_megabytes": (1, 10_000),
-}
+ConfigT = TypeVar("ConfigT")
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message says what was wrong, with which file or value, what to do."""
+    """Something that the user can fix: the message says what was wrong, with which file or value, and what to do."""
 
 
-def parse_config(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
-    """An instance of `config_class` whose fields the command line may override: `--batch-size 32`.
+class Range(NamedTuple):
+    """The values that a hyperparameter may have, both ends included: `Annotated[float, Range(0, 1)]`."""
 
-    Every field needs a default; its type (int, float, str, bool or a Literal) checks the flag, and the comment behind
-    it is the flag's help. A tuple[str, ...] takes what stands on the command line without a flag. `arguments` are those
-    of the command line unless given. A flag that doesn't fit ends the process with exit code 2. Raises `UserError` for
-    a value outside `RANGES`.
+    low: float
+    high: float
+
+
+@dataclass
+class RunConfig:
+    """Hyperparameters of every run; those of the method stand in its script."""
+
+    # Data
+    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it has any, else a download
+    queries: str = ""  # a folder of query photos; empty: 10 % of each class of data is held out as queries
+    split: Literal["test", "validation"] = "test"  # "validation" takes the queries from the gallery: tune on that one
+    seed: int = 0  # of the split, the initial weights, the order of the photos, their views and the distorted copies
+
+    # Computing
+    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
+    embed_batch_size: int = 0  # photos embedded at a time; 0: 8 on a CPU, 256 on a GPU
+    compile: bool = False  # torch.compile the training step: a slow start, then faster on a GPU
+    cache: str = "data/.cache"  # a folder that keeps decoded photos and embeddings for the next run, or "none"
+
+    # Output
+    results: str = "results"  # the folder for the result file, the list of neighbours, the pictures and the checkpoint
+    resume: bool = False  # continue from the checkpoint in results, where an interrupted run left it
+
+
+RENAMED = {  # flags of earlier versions -> what they are called now
+    "class_margin": "positive_margin",
+    "margin": "negative_margin",
+    "mining": "reduction",
+    "least_area": "min_crop_area",
+}
+
+
+def parse_config(config_class: type[ConfigT], description: str, arguments: list[str] | None = None) -> ConfigT:
+    """An instance of the dataclass `config_class` whose fields the command line may override: `--batch-size 32`.
+
+    Every field needs a default. Its type (int, float, str, bool or a Literal) checks the flag, `Annotated[..., Range]`
+    limits it, and the comment behind it is its help text. A tuple[str, ...] takes the positional arguments. The names
+    of the flags that were given are kept for `apply_overrides`. `arguments` are those of the command line by default.
+
+    Raises:
+        UserError: a value out of its range, or a flag that is called differently now.
+        SystemExit: with code 2, for a flag that is unknown or can't be parsed.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    comments = _comments(config_class)
-    for field in dataclasses.fields(config_class):
-        meaning = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        if typing.get_origin(field.type) is tuple:  # what stands on the command line without a flag
-            parser.add_argument(field.name, nargs="*", default=field.default, help=comments.get(field.name))
+    comments = field_comments(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    for name, field in fields.items():
+        kind, _ = _type_and_range(config_class, name)
+        if typing.get_origin(kind) is tuple:
+            parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, help=comments.get(name))
             continue
-        flags = dict.fromkeys(("--" + field.name.replace("_", "-"), "--" + field.name))
-        flags |= {"-" + field.name: None} if len(field.name) == 1 else {}
-        parser.add_argument(*flags, default=field.default, help=meaning, **_parsing(field.type))
-    config = config_class(**vars(parser.parse_intermixed_args(arguments)))
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name, low)
-        if not low <= value <= high:  # NaN too
-            raise UserError(f"{name} is {value}: give a value from {low:g} to {high:g}")
+        flags = dict.fromkeys(("--" + name.replace("_", "-"), "--" + name, *(["-" + name] if len(name) == 1 else [])))
+        meaning = f"{comments.get(name, '')} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(*flags, default=argparse.SUPPRESS, help=meaning, **_parsing(kind))
+    _refuse_renamed(sys.argv[1:] if arguments is None else arguments, fields.keys())
+    given = vars(parser.parse_intermixed_args(arguments))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = config_class(**given)
+    check_ranges(config)
+    config._given = frozenset(given)  # type: ignore[attr-defined]  # not a hyperparameter
     return config
 
 
-def demonstration(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with `values` in place of defaults, and a line that says so: what a run on drawn photos does, so that it
-    ends within minutes on any machine. What is no longer the default was set by the user and stays."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    values = {name: value for name, value in values.items() if getattr(config, name) == defaults[name] != value}
+def check_ranges(config: object) -> None:
+    """Raises `UserError` for a field outside its `Range`; NaN is outside every one."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        _, limits = _type_and_range(type(config), field.name)
+        value = getattr(config, field.name)
+        if limits and not limits.low <= value <= limits.high:
+            raise UserError(f"{field.name} is {value}: give a value from {limits.low:g} to {limits.high:g}")
+
+
+def hyperparameters(config: object) -> dict[str, Any]:
+    """The fields of a config as a dictionary, for a file."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+
+
+def apply_overrides(config: ConfigT, overrides: Mapping[str, tuple[Any, Any]]) -> ConfigT:
+    """`config` with {field: (default, override)} applied, and a line that says so: for quick runs on synthetic images.
+
+    A field that was given as a flag, or that is no longer the default since the user edited the script, stays.
+    """
+    given: frozenset[str] = getattr(config, "_given", frozenset())
+    values = {
+        name: override
+        for name, (default, override) in overrides.items()
+        if name not in given and getattr(config, name) == default
+    }
     if values:
-        told = ", ".join(f"{name} {value} (not {defaults[name]})" for name, value in values.items())
-        print(f"A demonstration on drawn photos, with {told}; other values given as flags stay.\n", flush=True)
-    return dataclasses.replace(config, **values)
+        changes = ", ".join(f"{name} {value} (default: {overrides[name][0]})" for name, value in values.items())
+        print(f"Quick run on synthetic images: {changes}. Flags and edited values are kept.\n", flush=True)
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 
-def run(main: Callable[[Any], Any], config_class: type, description: str) -> None:
-    """Runs `main(config)` as a program: exit code 2 and one sentence for a `UserError` or a file that
-    can't be read or written, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # a photo's name may hold what the terminal's encoding can't show
-        stream.reconfigure(errors="backslashreplace")
+def run_script(main: Callable[[Any], Any], config_class: type, description: str | None) -> None:
+    """Runs `main(config)` as a program.
+
+    Exit code 2 and one sentence for a `UserError` or a file that can't be read or written, 130 for Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a photo's name may contain what the terminal's encoding can't show
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(parse_config(config_class, description))
+        main(parse_config(config_class, description or ""))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -92,16 +141,55 @@ def run(main: Callable[[Any], Any], config_class: type, description: str) -> Non
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "stopped: no result was written; what was embedded so far is kept for the next run, and --resume goes on "
-            "after the last whole epoch",
+            "stopped: no result was written. What was embedded so far is cached for the next run; --resume continues "
+            "after the last complete epoch",
             file=sys.stderr,
         )
         sys.exit(130)
 
 
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comment behind each field, base classes included: {"seed": "of the split, ..."}.
+
+    A comment may stand on any line of a wrapped field. Empty where the source is not available.
+    """
+    comments: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__[:-1]):
+        try:
+            source = textwrap.dedent(inspect.getsource(owner))
+        except (OSError, TypeError):
+            continue
+        by_line = {
+            token.start[0]: token.string.lstrip("# ").rstrip()
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                comments[node.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
+    return comments
+
+
+def _refuse_renamed(arguments: list[str], names: typing.Collection[str]) -> None:
+    for argument in arguments:
+        old = argument.split("=")[0].lstrip("-").replace("-", "_")
+        if argument.startswith("--") and old not in names and RENAMED.get(old) in names:
+            raise UserError(f"--{old.replace('_', '-')} is called --{RENAMED[old].replace('_', '-')} now")
+
+
+def _type_and_range(config_class: type, name: str) -> tuple[Any, Range | None]:
+    """The type of a field and the `Range` in its annotation, if any."""
+    kind = typing.get_type_hints(config_class, include_extras=True)[name]
+    if typing.get_origin(kind) is not Annotated:
+        return kind, None
+    kind, *notes = typing.get_args(kind)
+    return kind, next((note for note in notes if isinstance(note, Range)), None)
+
+
 def _parsing(kind: Any) -> dict[str, Any]:
     """What argparse needs to read a flag of type `kind`."""
-    if typing.get_origin(kind) is typing.Literal:
+    if typing.get_origin(kind) is Literal:
         return {"choices": typing.get_args(kind)}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -113,14 +201,5 @@ def _parsing(kind: Any) -> dict[str, Any]:
 def _whole_number(text: str) -> int:
     """Seeds, sizes and counts alike: none of the hyperparameters that are whole numbers is ever negative."""
     if not re.fullmatch(r"\d{1,18}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up, of at most 18 digits")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (0 or more, at most 18 digits)")
     return int(text)
-
-
-def _comments(config_class: type) -> dict[str, str]:
-    """The comment behind each field: {"seed": "of the split, ..."}; empty where the source is not to be had."""
-    try:
-        source = inspect.getsource(config_class)
-    except OSError:
-        return {}
-    return dict(re.findall(r"^    (\w+):[^#\n]*# *(.*?)\s*$", source, re.MULTILINE))

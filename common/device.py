@@ -1,4 +1,4 @@
-"""Which device there is, what it computes fast in, and how its cores are shared out."""
+"""The device to compute on, the precision that it is fast in, and the threads of torch."""
 
 import functools
 import platform
@@ -12,7 +12,7 @@ from common.config import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first there is of CUDA, MPS and CPU. Raises `UserError`."""
+    """The device called `name`; "auto" is the first available of CUDA, MPS and CPU. Raises `UserError`."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -26,7 +26,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(device: torch.device) -> torch.dtype:
-    """The type that convolutions are computed in: a 16-bit one where the device has matrix units for it.
+    """The precision of convolutions: 16 bits where the device has matrix units for them.
 
     On a CPU these are Intel's AMX and AMD's AVX-512 units for bfloat16: measured on two cores of an EPYC (Zen 4),
     squeezenet1_1 and resnet18 embedded 1.7 to 2.0 times and trained 1.6 to 2.7 times as fast as in float32. On a Xeon
@@ -41,8 +41,10 @@ def choose_precision(device: torch.device) -> torch.dtype:
 
 
 def choose_product_precision() -> torch.dtype:
-    """The type that a CPU multiplies large matrices fastest in: bfloat16 where it has instructions for it (twice as
-    fast as float32 on two cores of an EPYC, Zen 4)."""
+    """The precision in which a CPU multiplies large matrices fastest: bfloat16 where it has instructions for it.
+
+    Twice as fast as float32 on two cores of an EPYC (Zen 4).
+    """
     return torch.bfloat16 if any(_bfloat16_units()) else torch.float32
 
 
@@ -56,7 +58,7 @@ def _bfloat16_units() -> tuple[bool, bool]:
 
 @functools.cache
 def cpu_name() -> str:
-    """What the processor calls itself, such as "AMD EPYC"; its architecture where it doesn't tell."""
+    """The name of the processor, such as "AMD EPYC"; its architecture where the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -70,9 +72,9 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[int]:
-    """Within, every thread of ours computes alone, so that as many as there are cores don't get in each other's way.
-    Yields how many torch had for one computation."""
+def limit_torch_threads() -> Iterator[int]:
+    """Within, torch computes each operation on one thread, so that worker threads, one per core, don't compete.
+    Yields the number of threads before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

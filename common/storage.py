@@ -1,40 +1,35 @@
-"""Files that are there whole or not at all, rows kept from one run for the next, work spread over the cores."""
+"""Files that are written completely or not at all, and rows of arrays kept from one run for the next."""
 
 import contextlib
 import hashlib
-import itertools
-import os
 import shutil
 import time
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import uuid
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from threading import RLock
 
 import numpy as np
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+import numpy.typing as npt
 
 STALE_SECONDS = 3600  # what a killed process left unfinished is removed by a later one after this time
+FLUSH_SECONDS, FLUSH_BYTES = 30.0, 128_000_000  # rows are written to disk after this time or size: a kill loses no more
+MAX_SEGMENTS = 16  # more files than this are merged into one
+MIN_FREE_BYTES = 500_000_000  # a cache leaves this much of its disk free
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, for a file or a folder; renames it to `path` if the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, for a file or a folder; renames it to `path` if the block succeeds.
 
     If the block raises, the temporary is removed. A kill can leave one behind, under a hidden name; the next writer of
-    `path` removes those older than `STALE_SECONDS`. A folder is not put in place of one that is not empty: OSError.
+    `path` removes those older than `STALE_SECONDS`. A folder does not replace one that is not empty: OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                _remove(left)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove(temporary)
+    _remove_stale(path.parent, f".{path.name}.*.part")
+    # Not the process number: two containers that share a folder may both be process 1.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield temporary
         temporary.replace(path)
@@ -43,98 +38,152 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def cached_rows(
-    folder: Path | None,
-    key: str,
-    contents: np.ndarray,
-    empty: np.ndarray,
-    compute: Callable[[np.ndarray], Iterable[tuple[np.ndarray, np.ndarray]]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """One row for each of N contents, from a file in `folder` where it holds them, else computed and added to it.
+class RowCache:
+    """Rows of one shape by the SHA-256 of what each was computed from, in memory and in a folder.
 
-    Args:
-        folder: where the file is; None keeps nothing.
-        key: names all that decides about a row beside the content (weights, preprocessing ...). A file that is damaged
-            or was written under another key counts as empty.
-        contents: bytes [N] ('S64'), a hash of what each row is computed from. Equal contents share one row.
-        empty: [0, ...], an array of no rows: their shape and dtype.
-        compute: called with the positions [M] in `contents` that are missing; yields (positions, rows) in any order
-            and may leave some out. What it has yielded is kept even if it then raises, Ctrl-C included.
-
-    Returns:
-        rows: [F, ...] of the contents that have one, in the order of `contents`.
-        found: bool [N], False where `compute` left a row out; F are True.
+    Every flush adds a segment, an .npy file of (sha256, row) records whose name starts with its CRC-32. So runs that
+    share a folder never overwrite each other's rows, and a damaged file is noticed and ignored. With `mmap`, for rows
+    that memory has no room for, they stay on disk alone, not checksummed; without a folder they are not kept at all.
     """
-    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz" if folder else None
-    known, rows = _load_rows(file, key, empty)
-    missing = np.flatnonzero(~np.isin(contents, known))
-    _, first = np.unique(contents[missing], return_index=True)
-    computed: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __init__(
+        self, folder: Path | None, key: str, shape: tuple[int, ...], dtype: npt.DTypeLike, mmap: bool = False
+    ) -> None:
+        """`folder`: None keeps rows for this run only. `key`: names all that decides about a row beside its sha256
+        (weights, preprocessing, versions ...); another key has other files."""
+        self.record = np.dtype([("sha256", "S64"), ("row", dtype, shape)])
+        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:32] if folder else None
+        self.key, self.mmap = key, mmap
+        self.lock = RLock()  # worker threads put rows
+        self.parts: list[np.ndarray] = []  # records: segments, then what no flush has written yet
+        self.flushed = 0  # how many of the parts are on disk
+        self.flushed_at = time.monotonic()
+        self.where: dict[bytes, int] = {}  # sha256 -> place in the parts, laid end to end
+        self.count = 0
+        for path in sorted(self.folder.glob("*.npy")) if self.folder else []:
+            if (segment := _open(path, self.record, mmap)) is not None:
+                self._append(segment)
+        self.flushed = len(self.parts)
+
+    def __enter__(self) -> "RowCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def contains(self, sha256: np.ndarray) -> np.ndarray:
+        """bool [N]: which of the keys 'S64' [N] have a row."""
+        return np.fromiter((key in self.where for key in sha256.tolist()), bool, len(sha256))
+
+    def get(self, sha256: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [F, ...] of those keys, of 'S64' [N], that have one, in their order; and which do, bool [N]."""
+        with self.lock:
+            places = np.fromiter((self.where.get(key, -1) for key in sha256.tolist()), np.int64, len(sha256))
+            found = places >= 0
+            places = places[found]
+            rows = np.empty((len(places), *self.record["row"].shape), self.record["row"].base)
+            ends = np.cumsum([len(part) for part in self.parts])
+            owner = np.searchsorted(ends, places, side="right")
+            for number in np.unique(owner):
+                part, chosen = self.parts[number], owner == number
+                rows[chosen] = part["row"][places[chosen] - (ends[number] - len(part))]
+            return rows, found
+
+    def put(self, sha256: np.ndarray, rows: np.ndarray) -> None:
+        """Adds rows [M, ...] under the keys 'S64' [M]; from time to time they are written to disk."""
+        if not len(sha256) or (self.mmap and self.folder is None):
+            return
+        records = np.empty(len(sha256), self.record)
+        records["sha256"], records["row"] = sha256, rows
+        with self.lock:
+            self._append(records)
+            unwritten = sum(part.nbytes for part in self.parts[self.flushed :])
+            if unwritten > FLUSH_BYTES or time.monotonic() - self.flushed_at > FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Writes what was put since the last time. Where the disk is full, says so and goes on without it."""
+        with self.lock:
+            self.flushed_at = time.monotonic()
+            unwritten = self.parts[self.flushed :]
+            if self.folder is None or not unwritten:
+                return
+            records = np.concatenate(unwritten)
+            try:
+                path = self._write_segment(self.folder, records)
+                segment = np.load(path, mmap_mode="r") if self.mmap else records
+            except OSError as error:
+                print(f"the cache {self.folder.parent} can't be written ({error.strerror or error}): going on without")
+                self.folder, segment = None, records
+            if self.folder is None and self.mmap:
+                self._replace_parts(self.parts[: self.flushed])
+            else:
+                self._replace_parts([*self.parts[: self.flushed], segment])
+            self.flushed = len(self.parts)
+            if self.folder and len(self.parts) > MAX_SEGMENTS and not self.mmap:
+                with contextlib.suppress(OSError):  # no room for a copy: the segments stay
+                    self._merge(self.folder)
+
+    def _append(self, records: np.ndarray) -> None:
+        """The first row under a key stays."""
+        for place, key in enumerate(records["sha256"].tolist(), self.count):
+            self.where.setdefault(key, place)
+        self.parts.append(records)
+        self.count += len(records)
+
+    def _replace_parts(self, parts: list[np.ndarray]) -> None:
+        self.parts, self.where, self.count = [], {}, 0
+        for part in parts:
+            self._append(part)
+
+    def _write_segment(self, folder: Path, records: np.ndarray) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if records.nbytes > free - MIN_FREE_BYTES:
+            raise OSError(f"its disk has {free:,} bytes left")
+        (folder / "key.txt").write_text(self.key + "\n", encoding="utf-8")  # for people: what these rows are
+        _remove_stale(folder, ".*.part")  # no later segment has the same name
+        path = folder / f"{_checksum(records)}-{uuid.uuid4().hex[:8]}.npy"
+        with atomic_write(path) as temporary, temporary.open("wb") as stream:
+            np.save(stream, records, allow_pickle=False)
+        return path
+
+    def _merge(self, folder: Path) -> None:
+        """All segments, those of other runs included, as one. A run that is about to open one of the others and finds
+        it gone computes its rows again."""
+        paths = sorted(folder.glob("*.npy"))
+        for path in paths:
+            segment = _open(path, self.record, self.mmap)
+            if segment is not None and not (known := self.contains(segment["sha256"])).all():
+                self._append(segment[~known])
+        self.flushed = len(self.parts)
+        merged = np.concatenate(self.parts)[sorted(self.where.values())]
+        self._write_segment(folder, merged)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        self._replace_parts([merged])
+        self.flushed = 1
+
+
+def _open(path: Path, record: np.dtype, mmap: bool) -> np.ndarray | None:
+    """The records in a segment; None where it is damaged or not a segment of such records."""
     try:
-        if len(missing):
-            for chunk in compute(missing[np.sort(first)]):
-                computed.append(chunk)  # one by one: what came before an interrupt is kept
-    finally:
-        if computed:
-            known = np.concatenate([known, *(contents[positions] for positions, _ in computed)])
-            rows = np.concatenate([rows, *(new for _, new in computed)])
-            order = np.argsort(known)
-            known, rows = known[order], rows[order]
-            if file is not None:
-                with written_whole(file) as temporary, temporary.open("wb") as stream:
-                    np.savez(stream, key=np.array(key), contents=known, rows=rows)
-    found = np.isin(contents, known)
-    return rows[np.searchsorted(known, contents[found])], found
+        records = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        intact = records.dtype == record and records.ndim == 1 and (mmap or _checksum(records) == path.name[:8])
+    except Exception:  # numpy raises whatever a damaged header leads to
+        return None
+    return records if intact else None
 
 
-def _load_rows(file: Path | None, key: str, empty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sorted contents [M] and rows [M, ...] in a cache file; none where it is not what `cached_rows` wrote.
-
-    The archive carries a CRC-32 of each array, checked as it is read.
-    """
-    nothing = np.empty(0, "S64"), empty
-    if file is None or not file.exists():
-        return nothing
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            if str(stored["key"]) != key:
-                return nothing
-            contents, rows = stored["contents"], stored["rows"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
-        return nothing
-    as_expected = (
-        contents.dtype == "S64"
-        and contents.shape == rows.shape[:1]
-        and rows.shape[1:] == empty.shape[1:]
-        and rows.dtype == empty.dtype
-        and bool(np.all(contents[:-1] < contents[1:]))
-    )
-    return (contents, rows) if as_expected else nothing
+def _checksum(records: np.ndarray) -> str:
+    return f"{zlib.crc32(records.view(np.uint8).data):08x}"
 
 
-def parallel_map(
-    function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 16, at_once: int = 1
-) -> Iterator[Result]:
-    """`map` on a thread for each core, in order; memory stays bounded.
-
-    A thread takes `at_once` items at a time (more is worth it where each takes well under a millisecond), and at most
-    `ahead` such pieces are done early. Threads, not processes: reading, hashing, Pillow's decoding and resizing,
-    sorting and the network all let go of the interpreter's lock.
-    """
-    rest = iter(items)
-    pieces = iter(lambda: list(itertools.islice(rest, at_once)), [])
-    pending: deque[Future[list[Result]]] = deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for piece in pieces:
-                pending.append(pool.submit(lambda piece: [function(item) for item in piece], piece))
-                if len(pending) > ahead:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+def _remove_stale(folder: Path, pattern: str) -> None:
+    for leftover in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                _remove(leftover)
 
 
 def _remove(path: Path) -> None:

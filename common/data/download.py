@@ -1,4 +1,4 @@
-"""Fetch the photos of cats and dogs:  python -m common.data.download"""
+"""Download the photos of cats and dogs:  python -m common.data.download"""
 
 import shutil
 import stat
@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from common.config import UserError, run
-from common.storage import written_whole
+from common.config import UserError, run_script
+from common.storage import atomic_write
 
 ADDRESSES = (
     "https://storage.googleapis.com/kaggle-data-sets/550917/1003830/bundle/archive.zip",
@@ -23,7 +23,7 @@ ADDRESSES = (
 )
 FOLDER = "cats-and-dogs"
 TIMEOUT = 10.0  # seconds without an answer
-ATTEMPTS = 5  # an address may break off this often, in a row and without a byte in between
+ATTEMPTS = 5  # an address may fail this often in a row without sending a byte
 CHUNK = 1 << 20  # bytes
 
 
@@ -33,17 +33,16 @@ class DownloadError(Exception):
 
 @dataclass
 class Config:
-    """What to fetch where to."""
+    """Where the photos go."""
 
-    data: str = "data"  # folder that the photos go to
+    data: str = "data"  # the folder; the photos are in cats-and-dogs below it
 
 
 def download(home: Path, addresses: Sequence[str] = ADDRESSES) -> Path:
-    """Fetches and unpacks the first archive to be had into `home/cats-and-dogs`, and returns that folder.
+    """Downloads and unpacks the first archive available into `home/cats-and-dogs`, and returns that folder.
 
-    A download that breaks off is resumed, by this call and, as its beginning lies under `home/.cache`, by the next.
-    Nothing shows under the folder's name before all of it is unpacked. Raises `UserError`, with what to do by hand, if
-    no address gives an archive.
+    An interrupted download is resumed, by this call and, as its beginning is kept in `home/.cache`, by the next. The
+    folder appears when all of it is unpacked. Raises `UserError`, with what to do by hand, if no address works.
     """
     folder = home / FOLDER
     if folder.is_dir():
@@ -67,18 +66,18 @@ def download(home: Path, addresses: Sequence[str] = ADDRESSES) -> Path:
 
 
 def _fetch(address: str, archive: Path) -> None:
-    """Downloads `address` to `archive`, going on from where `archive.part` ends; raises `DownloadError`."""
+    """Downloads `address` to `archive`, continuing where `archive.part` ends; raises `DownloadError`."""
     if archive.exists():
         return
     part = archive.with_name(archive.name + ".part")
     failed = 0
     while True:
-        begun = part.stat().st_size if part.exists() else 0
+        offset = part.stat().st_size if part.exists() else 0
         try:
-            complete = _receive(address, part, begun)
-            problem = "the connection broke off"
+            complete = _receive(address, part, offset)
+            problem = "the connection was lost"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and begun:  # what lies here does not fit what lies there: from the start
+            if error.code == 416 and offset:  # what lies here does not fit what lies there: from the start
                 part.unlink()
                 complete, problem = False, "the download could not be resumed"
             else:
@@ -88,26 +87,26 @@ def _fetch(address: str, archive: Path) -> None:
         if complete:
             part.replace(archive)
             return
-        grown = part.exists() and part.stat().st_size > begun
+        grown = part.exists() and part.stat().st_size > offset
         failed = 0 if grown else failed + 1
-        if failed >= (ATTEMPTS if begun else 1):
+        if failed >= (ATTEMPTS if offset else 1):
             raise DownloadError(problem)
 
 
-def _receive(address: str, part: Path, begun: int) -> bool:
-    """Appends to `part` what the server still has to send; True if it is whole then."""
-    request = urllib.request.Request(address, headers={"Range": f"bytes={begun}-"} if begun else {})
+def _receive(address: str, part: Path, offset: int) -> bool:
+    """Appends what is missing to `part`; True if it is complete then."""
+    request = urllib.request.Request(address, headers={"Range": f"bytes={offset}-"} if offset else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
-        begun = begun if resumed else 0
+        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+        offset = offset if resumed else 0
         length = answer.headers.get("Content-Length")
-        total = begun + int(length) if length else None
-        if total and total - begun > shutil.disk_usage(part.parent).free:
+        total = offset + int(length) if length else None
+        if total and total - offset > shutil.disk_usage(part.parent).free:
             raise DownloadError(f"its {total / 1e9:.1f} GB don't fit on the disk")
         label = f"downloading from {urlsplit(address).hostname}"
         with (
             part.open("ab" if resumed else "wb") as file,
-            tqdm(desc=label, total=total, initial=begun, unit="B", unit_scale=True) as bar,
+            tqdm(desc=label, total=total, initial=offset, unit="B", unit_scale=True) as bar,
         ):
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
@@ -116,9 +115,9 @@ def _receive(address: str, part: Path, begun: int) -> bool:
 
 
 def _unzip(archive: Path, folder: Path) -> None:
-    """Unpacks into `folder`, whole or not at all; an archive that is damaged or tries to leave it is deleted."""
+    """Unpacks into `folder`, completely or not at all; deletes an archive that is damaged or tries to leave it."""
     try:
-        with zipfile.ZipFile(archive) as opened, written_whole(folder) as temporary:
+        with zipfile.ZipFile(archive) as opened, atomic_write(folder) as temporary:
             members = [member for member in opened.infolist() if not member.is_dir()]
             for member in members:
                 _check_member(member)
@@ -133,7 +132,7 @@ def _unzip(archive: Path, folder: Path) -> None:
 
 
 def _check_member(member: zipfile.ZipInfo) -> None:
-    """Raises `BadZipFile` for a name that leads out of the folder, and for links, which could."""
+    """Raises `BadZipFile` for a name that leaves the folder, and for links, which could."""
     name = member.filename
     leaves = (
         PureWindowsPath(name).anchor  # a drive or a root
@@ -145,9 +144,9 @@ def _check_member(member: zipfile.ZipInfo) -> None:
 
 
 def main(config: Config) -> None:
-    """Downloads, unless the folder is there already."""
+    """Downloads, unless the folder exists."""
     print(f"the photos are in {download(Path(config.data))}")
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

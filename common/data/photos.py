@@ -1,51 +1,59 @@
-"""Photos on disk: find them and their classes, read any of them, cut them into gallery and queries."""
+"""Photos of a folder: each file is read and hashed once, and handed to whatever a run makes of it."""
 
-import contextlib
 import dataclasses
 import hashlib
-import os
-import re
-import warnings
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.config import UserError
-from common.data import download
-from common.data import synthetic as sample
-from common.storage import cached_rows, parallel_map
+from common.data import synthetic
+from common.data.folders import SUFFIXES, find_photos
+from common.data.sources import require_folder
+from common.device import limit_torch_threads
+from common.parallel import parallel_map
+from common.storage import RowCache
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-PIXEL_LIMIT = 120_000_000  # a photo of more pixels is skipped: it would take gigabytes to decode
-SKIPPED_LIMIT = 0.1  # a larger share of unreadable photos stops the run
-QUERY_SHARE = 0.1
-HELD_OUT = 500  # photos
-THUMBNAIL_SIDE = 32  # pixels
-DRAWN_MARK = "DRAWN.txt"  # lies in a folder of drawn photos, so that they never pass for real ones
-
-CAT_OR_DOG = {"cat": "cat", "cats": "cat", "dog": "dog", "dogs": "dog"}
-KAGGLE_NAME = re.compile(r"(cat|dog)s?[._-]\d+", re.IGNORECASE)  # cat.123.jpg
-OXFORD_NAME = re.compile(r"([A-Za-z]+(?:_[A-Za-z]+)*)_\d+")  # Maine_Coon_12.jpg, pug_7.jpg
-OXFORD_CATS = {
-    *("Abyssinian", "Bengal", "Birman", "Bombay", "British_Shorthair", "Egyptian_Mau"),
-    *("Maine_Coon", "Persian", "Ragdoll", "Russian_Blue", "Siamese", "Sphynx"),
-}
-NO_PHOTOS_IN = {"__MACOSX", "annotations"}  # copies of file attributes; the masks of Oxford-IIIT
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # PIXEL_LIMIT decides
-warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF in a sound photo
+MAX_SKIPPED = 0.1  # a larger fraction of unreadable photos stops a run
+MAX_KEPT_BYTES = 500_000_000  # files are kept in memory up to this size, so that a run does not read them again
+CHUNK = 32  # files read at a time by one core, where nothing is made of them
 
 
-class UnreadablePhotoError(ValueError):
-    """A file that is not a whole photo of reasonable size; the message is the reason."""
+class FileConsumer(Protocol):
+    """Makes something of each photo's file while it is in memory: an embedding, an array of pixels."""
+
+    chunksize: int  # files that it takes at a time
+
+    def lacks(self, sha256: np.ndarray) -> np.ndarray:
+        """bool [N]: of which of the files 'S64' [N] it has made nothing yet."""
+        ...
+
+    def consume(self, files: Sequence[tuple[bytes, bytes]]) -> dict[bytes, str]:
+        """Takes (sha256, content) of files that it lacks; returns why it could not use some: {sha256: reason}."""
+        ...
+
+    def flush(self) -> None:
+        """Writes what it has made to disk."""
+        ...
+
+
+@dataclass
+class FileStore:
+    """Contents of files by SHA-256, the first `MAX_KEPT_BYTES` of them."""
+
+    contents: dict[bytes, bytes] = field(default_factory=dict)
+    size: int = 0
+
+    def keep(self, sha256: bytes, data: bytes) -> None:
+        """Keeps a file if there is room."""
+        if self.size + len(data) <= MAX_KEPT_BYTES and sha256 not in self.contents:
+            self.contents[sha256] = data
+            self.size += len(data)
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,9 @@ class Photos:
         paths: N paths with forward slashes, sorted.
         labels: int64 [N], index into `classes`.
         classes: names, sorted.
-        contents: bytes [N] ('S64'), SHA-256 of each file.
-        thumbnails: uint8 [N, 32, 32, 3], RGB: what the raw-pixel baseline sees.
-        skipped: {"path", "why"} of each file that is not a readable photo of a class.
+        sha256: bytes [N] ('S64'), the hash of each file in hexadecimal.
+        skipped: {"path", "reason"} of each file that is not a readable photo of a class.
+        files: the contents of some of them.
     """
 
     folder: Path
@@ -68,363 +76,197 @@ class Photos:
     paths: list[str]
     labels: np.ndarray
     classes: list[str]
-    contents: np.ndarray
-    thumbnails: np.ndarray
-    skipped: list[dict[str, str]]
+    sha256: np.ndarray
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    files: FileStore = field(default_factory=FileStore, repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def path(self, index: int) -> Path:
+        """The file of a photo."""
+        return self.folder / self.paths[index]
+
+    def class_name(self, index: int) -> str:
+        """The class of a photo; "" if it has none."""
+        return self.classes[self.labels[index]]
+
     def read(self, index: int) -> bytes:
-        """The file's bytes; UserError if they are others than when it was found."""
-        path = self.folder / self.paths[index]
+        """The content of a photo's file; raises `UserError` if it has changed since it was found."""
+        sha256 = self.sha256[index]
+        if (kept := self.files.contents.get(sha256)) is not None:
+            return kept
+        path = self.path(index)
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{path} can't be read any more ({error.strerror}): run again without it") from error
-        if hashlib.sha256(data).hexdigest().encode() != self.contents[index]:
+            raise UserError(f"{path} can no longer be read ({error.strerror}): run again without it") from error
+        if hash_content(data) != sha256:
             raise UserError(f"{path} changed while it was in use: run again")
         return data
 
     def subset(self, indices: np.ndarray) -> "Photos":
-        """The photos at `indices` (int [M]); skipped files stay with the whole."""
+        """The photos at `indices` (int [M]); the list of skipped files stays."""
         return dataclasses.replace(
             self,
             paths=[self.paths[index] for index in indices],
             labels=self.labels[indices],
-            contents=self.contents[indices],
-            thumbnails=self.thumbnails[indices],
+            sha256=self.sha256[indices],
         )
 
 
-def decode_photo(data: bytes, at_least: int = 0) -> Image.Image:
-    """An RGB image, upright by its EXIF orientation, from the bytes of a JPEG, PNG, WebP, BMP or GIF file.
+def hash_content(data: bytes) -> bytes:
+    """SHA-256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest().encode()
 
-    Transparent pixels are laid on white, 16-bit values scaled to 8, an animation gives its first frame. With
-    `at_least` > 0 (pixels) a JPEG may be decoded at a fraction of its size, both sides not under that: several times
-    faster. Raises `UnreadablePhotoError`.
+
+def load_photos(folder: Path, consumers: Sequence[FileConsumer] = (), label: str = "reading photos") -> Photos:
+    """Reads every photo below `folder` once: hashes it and hands it to each consumer that lacks it.
+
+    For runs that measure: photos of no class are skipped, and contents are kept in memory up to `MAX_KEPT_BYTES`.
+    `label` names the progress bar. Raises `UserError` if there is no such folder, no photo, or more than `MAX_SKIPPED`
+    of the files can't be used.
     """
-    if not data:
-        raise UnreadablePhotoError("empty file")
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise UnreadablePhotoError(f"more than {PIXEL_LIMIT:,} pixels") from error
-    except Exception as error:  # Pillow raises whatever a hostile header leads to
-        raise UnreadablePhotoError("not a JPEG, PNG, WebP, BMP or GIF image") from error
-    if image.width * image.height > PIXEL_LIMIT:
-        raise UnreadablePhotoError(f"{image.width} x {image.height} is more than {PIXEL_LIMIT:,} pixels")
-    try:
-        if at_least:
-            image.draft("RGB", (at_least, at_least))
-        image.load()
-    except Exception as error:
-        raise UnreadablePhotoError(f"damaged or truncated image ({error})") from error
-    with contextlib.suppress(Exception):  # where the orientation can't be read, the photo stays as it lies
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+    found = _find(folder)
+    reasons = {path: "no class: neither its folder nor its name tells one" for path, name in found if name is None}
+    paths = [path for path, name in found if name is not None]
+    files = FileStore()
+    hashes = _read(folder, paths, np.zeros(len(paths), "S64"), consumers, files, reasons, label)
+    return _photos(folder, found, hashes, reasons, files, MAX_SKIPPED)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scaling
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def load_library(folder: Path, consumers: Sequence[FileConsumer], cache: Path | None, label: str) -> Photos:
+    """The same for searching: files of the same path, size and time of change as last time are not read again.
 
-
-def find_photos(folder: Path) -> list[tuple[str, str | None]]:
-    """The photos below `folder` as (path relative to it, class), sorted by path; class None where nothing tells it.
-
-    In this order: a folder on the way named cat, cats, dog or dogs, the nearest counting; a file name like
-    `cat.123.jpg`; the names of the Oxford-IIIT pets, breeds with a capital first letter being cats; else the folder
-    that the photo lies in. Hidden files and folders are left alone.
+    Their hashes are kept in `cache`. Photos of no class get the class "", and any number of files may be unusable as
+    long as one is not. Raises `UserError`.
     """
-    paths = sorted(_walk(folder))
-    split = [path.split("/") for path in paths]
-    stems = [name.rpartition(".")[0] for *_, name in split]
-    parents = {path.rpartition("/")[0] for path in paths}
-    breeds = {match[1] for stem in stems if (match := OXFORD_NAME.fullmatch(stem))}
-    oxford = len(parents) == 1 and bool(breeds & OXFORD_CATS)
-
-    def by_name(stem: str) -> str | None:
-        if match := KAGGLE_NAME.fullmatch(stem):
-            return match[1].lower()
-        if oxford and (match := OXFORD_NAME.fullmatch(stem)):
-            return "cat" if match[1][0].isupper() else "dog"
-        return None
-
-    by_names = [by_name(stem) for stem in stems]
-    flat = parents == {""}
-
-    def by_folders(folders: list[str]) -> str | None:
-        named = [CAT_OR_DOG[name.lower()] for name in folders if name.lower() in CAT_OR_DOG]
-        return named[-1] if named else None
-
-    # Where names tell what folders don't, a photo whose name doesn't is of no class.
-    names_tell = any(name and not by_folders(folders) for (*folders, _), name in zip(split, by_names, strict=True))
-
-    def by_parent(folders: list[str]) -> str | None:
-        if names_tell or not (folders or flat):
-            return None
-        name = (folders[-1] if folders else folder.resolve().name).lower()
-        return CAT_OR_DOG.get(name, name)
-
-    return [
-        (path, by_folders(folders) or name or by_parent(folders))
-        for path, (*folders, _), name in zip(paths, split, by_names, strict=True)
-    ]
+    found = [(path, name or "") for path, name in _find(folder)]
+    paths = [path for path, _ in found]
+    reasons: dict[str, str] = {}
+    with RowCache(cache, "SHA-256 of files by path, size and time of change", (), "S64") as known:
+        stamps = _stamps(folder, paths)
+        hashes = np.zeros(len(paths), "S64")
+        rows, is_known = known.get(stamps)
+        hashes[is_known] = rows
+        hashes = _read(folder, paths, hashes, consumers, None, reasons, label)
+        new = ~is_known & (hashes != b"")
+        known.put(stamps[new], hashes[new])
+    return _photos(folder, found, hashes, reasons, FileStore(), 1.0)
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Paths of the image files below `folder`; links to folders are followed, each folder is visited once."""
-    visited = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NO_PHOTOS_IN)
-        inside = Path(place).relative_to(folder).as_posix()
-        prefix = "" if inside == "." else f"{inside}/"
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield prefix + name
-
-
-def locate_photos(data: str, home: Path = Path("data")) -> Path:
-    """The folder that `data` stands for: a folder itself, "sample" (photos drawn here), or "auto".
-
-    "auto" is `home` if it holds photos; else they are downloaded there; else, with a line that says so, the sample.
-    """
-    if data == "auto":
-        if next(_walk(home), None):
-            return home
-        try:
-            download.download(home)
-            return home
-        except UserError as error:
-            print(
-                f"NO REAL PHOTOS: {error}\nGoing on with drawn photos: what follows says nothing about real ones.\n",
-                flush=True,
-            )
-            data = "sample"
-    if data == "sample":
-        folder = home / ".cache" / f"sample-{sample.VERSION}"
-        return folder if folder.is_dir() else sample.draw_sample(folder, DRAWN_MARK)
-    return _existing(Path(data))
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: name one that holds photos, or leave the option out")
-    return folder
-
-
-def is_drawn(folder: Path) -> bool:
-    """True if the photos in `folder` were drawn by `common/sample.py`."""
-    return (folder / DRAWN_MARK).exists()
-
-
-def load_photos(folder: Path, cache: Path | None, browsing: bool = False) -> Photos:
-    """Looks at every photo below `folder`: content hash, thumbnail, and whether it can be read at all.
-
-    Thumbnails are kept in `cache` for the next run; hashes are always taken anew. Raises `UserError` if there is no
-    such folder, no photo, or more than `SKIPPED_LIMIT` of the files can't be used.
-
-    `browsing` is for a search that measures nothing: files of the same size and time of change are not read again,
-    photos of no class get the class "", and any number of files may be unusable.
-    """
-    found = find_photos(_existing(folder))
+def _find(folder: Path) -> list[tuple[str, str | None]]:
+    found = find_photos(require_folder(folder))
     if not found:
         raise UserError(f"{folder} holds no photo ({', '.join(sorted(SUFFIXES))}): put some there, a folder per class")
+    return found
 
-    def content(path: str) -> bytes:
+
+def _read(
+    folder: Path,
+    paths: list[str],
+    hashes: np.ndarray,
+    consumers: Sequence[FileConsumer],
+    files: FileStore | None,
+    reasons: dict[str, str],
+    label: str,
+) -> np.ndarray:
+    """'S64' [N]: the hash of each file, b"" where it can't be used; adds {path: reason} of these to `reasons`.
+
+    Files with a hash in `hashes` that no consumer lacks are not read.
+    """
+    needed = hashes == b""
+    for consumer in consumers:
+        needed |= consumer.lacks(hashes)
+    wanted = [path for path, is_needed in zip(paths, needed, strict=True) if is_needed]
+    size = max((consumer.chunksize for consumer in consumers), default=CHUNK)
+    chunks = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+    read_chunk = partial(_read_chunk, folder, consumers, files)
+    read: dict[str, bytes] = {}
+    try:
+        with limit_torch_threads(), tqdm(desc=label, total=len(wanted), unit=" photos", disable=not wanted) as bar:
+            for chunk, (hashed, failed) in zip(chunks, parallel_map(read_chunk, chunks), strict=True):
+                read |= hashed
+                reasons |= failed
+                bar.update(len(chunk))
+    finally:
+        for consumer in consumers:
+            consumer.flush()
+    known = dict(zip(paths, hashes.tolist(), strict=True)) | read
+    return np.array([b"" if path in reasons else known[path] for path in paths], "S64")
+
+
+def _read_chunk(
+    folder: Path, consumers: Sequence[FileConsumer], files: FileStore | None, paths: list[str]
+) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+    """Reads, hashes and hands out some files: (path, sha256) of the usable ones, {path: reason} of the others."""
+    contents, failed = [], {}
+    for path in paths:
         try:
-            return hashlib.sha256((folder / path).read_bytes()).hexdigest().encode()
+            data = (folder / path).read_bytes()
         except OSError as error:
-            why[path] = f"can't be read: {error.strerror}"
-            return b""
+            failed[path] = f"can't be read: {error.strerror}"
+            continue
+        contents.append((path, hash_content(data), data))
+        if files:
+            files.keep(contents[-1][1], data)
+    unusable = _consume(consumers, {sha256: data for _, sha256, data in contents})
+    failed |= {path: unusable[sha256] for path, sha256, _ in contents if sha256 in unusable}
+    return [(path, sha256) for path, sha256, _ in contents if path not in failed], failed
 
-    if browsing:
-        found = [(path, name or "") for path, name in found]
-    why = {path: "no class: neither its folder nor its name tells one" for path, name in found if name is None}
+
+def _consume(consumers: Sequence[FileConsumer], files: dict[bytes, bytes]) -> dict[bytes, str]:
+    """Hands {sha256: content} to each consumer that lacks them; returns {sha256: why it can't be used}."""
+    unusable: dict[bytes, str] = {}
+    for consumer in consumers:
+        keys = [key for key in files if key not in unusable]
+        lacked = consumer.lacks(np.array(keys, "S64"))
+        if lacked.any():
+            unusable |= consumer.consume([(key, files[key]) for key, lacks in zip(keys, lacked, strict=True) if lacks])
+    return unusable
+
+
+def _photos(
+    folder: Path,
+    found: Sequence[tuple[str, str | None]],
+    hashes: np.ndarray,
+    reasons: dict[str, str],
+    files: FileStore,
+    max_skipped: float,
+) -> Photos:
+    """The `Photos` that can be used; raises `UserError` if too few can. `hashes` is of those with a class."""
     classes = {path: name for path, name in found if name is not None}
-
-    paths = list(classes)
-
-    def read(positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        hashes = parallel_map(content, [paths[position] for position in positions], at_once=32)
-        hashes = tqdm(hashes, "reading photos", len(positions), unit=" photos", leave=False)
-        hashes = np.array(list(hashes), "S64")
-        yield positions[hashes != b""], hashes[hashes != b""]
-
-    keys, known = cached_rows(
-        cache if browsing else None, "contents 1", _stamps(folder, paths), np.empty(0, "S64"), read
-    )
-    paths = [path for path, could_be_read in zip(paths, known, strict=True) if could_be_read]
-    thumbnails, readable = _thumbnails(folder, paths, keys, cache, why)
-    paths = [path for path, good in zip(paths, readable, strict=True) if good]
-    skipped = [{"path": path, "why": why[path]} for path in sorted(why)]
-    if len(skipped) > (SKIPPED_LIMIT if not browsing else 1) * len(found) or not paths:
+    paths = [path for path, sha256 in zip(classes, hashes, strict=True) if sha256]
+    if len(reasons) > max_skipped * len(found) or not paths:
+        first = min(reasons)
         raise UserError(
-            f"{len(skipped):,} of {len(found):,} photos in {folder} can't be used, the first being "
-            f"{skipped[0]['path']} ({skipped[0]['why']}): mend or remove them, or name another folder"
+            f"{len(reasons):,} of {len(found):,} photos in {folder} can't be used, the first being {first} "
+            f"({reasons[first]}): fix or remove them, or name another folder"
         )
     names = sorted({classes[path] for path in paths})
+    version = f"synthetic cats and dogs {synthetic.VERSION}"
     return Photos(
         folder=folder,
-        name=f"drawn sample {sample.VERSION}" if is_drawn(folder) else folder.name or folder.resolve().name,
+        name=version if synthetic.is_synthetic(folder) else folder.name or folder.resolve().name,
         paths=paths,
         labels=np.searchsorted(names, [classes[path] for path in paths]),
         classes=names,
-        contents=keys[readable],
-        thumbnails=thumbnails,
-        skipped=skipped,
+        sha256=hashes[hashes != b""],
+        skipped=[{"path": path, "reason": reasons[path]} for path in sorted(reasons)],
+        files=files,
     )
 
 
-def _stamps(folder: Path, paths: list[str]) -> np.ndarray:
-    """For each of N files below `folder` a hash of its path, size and time of change: bytes [N] ('S64')."""
+def _stamps(folder: Path, paths: Iterable[str]) -> np.ndarray:
+    """For each of N files below `folder` a hash of its path, size and time of change: 'S64' [N]."""
     root = str(folder.resolve())
 
-    def stamp(path: str) -> str:
+    def stamp(path: str) -> bytes:
         try:
             status = Path(root, path).stat()
             told = f"{root}/{path} {status.st_size} {status.st_mtime_ns}"
         except OSError:
             told = f"{root}/{path} gone"
-        return hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()
+        return hash_content(told.encode(errors="surrogateescape"))
 
     return np.array([stamp(path) for path in paths], "S64")
-
-
-def _thumbnails(
-    folder: Path, paths: list[str], contents: np.ndarray, cache: Path | None, why: dict[str, str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The thumbnails of the readable photos, and which of `paths` are; the reasons of the others go into `why`."""
-
-    def thumbnail(index: int) -> np.ndarray | str:
-        try:
-            data = (folder / paths[index]).read_bytes()
-            if hashlib.sha256(data).hexdigest().encode() != contents[index]:
-                return "changed while it was in use"
-            image = decode_photo(data, at_least=THUMBNAIL_SIDE)
-            return np.asarray(image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX))
-        except OSError as error:
-            return f"can't be read: {error.strerror}"
-        except UnreadablePhotoError as error:
-            return str(error)
-
-    def compute(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        results = tqdm(parallel_map(thumbnail, indices, at_once=32), "checking photos", len(indices), unit=" photos")
-        for index, result in zip(indices, results, strict=True):
-            if isinstance(result, str):
-                reasons[contents[index]] = result
-            else:
-                yield index[None], result[None]
-
-    reasons: dict[bytes, str] = {}  # by content: copies of a damaged file are looked at once
-    empty = np.empty((0, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8)
-    thumbnails, readable = cached_rows(cache, "thumbnails 1", contents, empty, compute)
-    why |= {paths[index]: reasons[contents[index]] for index in np.flatnonzero(~readable)}
-    return thumbnails, readable
-
-
-def gallery_and_queries(folder: Path, queries: str, split: str, seed: int, cache: Path | None) -> tuple[Photos, Photos]:
-    """The two sides of every evaluation: the photos searched (and trained on), and those that ask.
-
-    Args:
-        folder: the photos.
-        queries: another folder whose photos ask; a photo of `folder` that is byte-identical to one of them leaves the
-            gallery. "": a tenth of `folder` asks.
-        split: "test", or "validation": a tenth of the gallery asks instead, and the queries stay unseen.
-        seed: of the cuts.
-        cache: see `load_photos`.
-    """
-    photos = load_photos(folder, cache)
-    if queries:
-        asking = load_photos(Path(queries), cache)
-        if unknown := set(asking.classes) - set(photos.classes):
-            raise UserError(f"{queries} has photos of {', '.join(sorted(unknown))}: {folder} has no such class")
-        labels = np.searchsorted(photos.classes, np.array(asking.classes)[asking.labels])
-        asking = dataclasses.replace(asking, labels=labels, classes=photos.classes)
-        gallery = photos.subset(np.flatnonzero(~np.isin(photos.contents, asking.contents)))
-        if missing := set(asking.labels) - set(gallery.labels):
-            names = ", ".join(photos.classes[label] for label in sorted(missing))
-            raise UserError(f"every photo of {names} in {folder} is also in {queries}: nothing is left to be found")
-    else:
-        gallery, asking = split_photos(photos, seed, "test")
-    if len(photos.classes) < 2:
-        raise UserError(f"{folder} has one class only, {photos.classes[0]}: at least two are needed to tell apart")
-    return split_photos(gallery, seed, "validation") if split == "validation" else (gallery, asking)
-
-
-def split_photos(photos: Photos, seed: int, purpose: str) -> tuple[Photos, Photos]:
-    """Cuts `QUERY_SHARE` of each class off as queries: (gallery, queries).
-
-    A class's photos are ordered by a hash of their content, the seed and `purpose`, and the first tenth asks. So
-    byte-identical photos stay together, file names and order don't matter, and when photos are added the others keep
-    their side, but for the few next to the cut. A class of one content stays in the gallery whole.
-    """
-    counts = [Counter(photos.contents[photos.labels == label].tolist()) for label in range(len(photos.classes))]
-    # content -> is a query; the only content of a class stays, even if another class has a copy of it
-    side = {content: False for copies in counts if len(copies) == 1 for content in copies}
-    for copies in counts:
-        quota = max(1, round(QUERY_SHARE * copies.total())) if len(copies) > 1 else 0
-        quota -= sum(count for content, count in copies.items() if side.get(content, False))
-        for content in sorted(copies.keys() - side.keys(), key=partial(_rank, seed, purpose)):
-            side[content] = quota > 0
-            quota -= copies[content] if side[content] else 0
-    asks = np.array([side[content] for content in photos.contents.tolist()])
-    if not asks.any():
-        raise UserError(f"{photos.folder} has too few photos to cut queries from: at least two of a class are needed")
-    if lost := set(photos.labels[asks].tolist()) - set(photos.labels[~asks].tolist()):
-        names = ", ".join(photos.classes[label] for label in sorted(lost))
-        raise UserError(f"{photos.folder} has too few photos of {names} that no other class has: add some")
-    return photos.subset(np.flatnonzero(~asks)), photos.subset(np.flatnonzero(asks))
-
-
-def hold_out(gallery: Photos, seed: int) -> tuple[Photos, Photos]:
-    """The gallery to train on, and up to `HELD_OUT` photos of it that training is not to see: (training, validation).
-
-    For choices that seen photos would mislead. They are a part of what `--split validation` asks with, and copies of
-    them aren't trained on either.
-    """
-    _, validation = split_photos(gallery, seed, "validation")
-    validation = validation.subset(np.linspace(0, len(validation) - 1, min(HELD_OUT, len(validation))).astype(int))
-    return gallery.subset(np.flatnonzero(~np.isin(gallery.contents, validation.contents))), validation
-
-
-def _rank(seed: int, purpose: str, content: bytes) -> str:
-    return hashlib.sha256(f"{seed} {purpose} ".encode() + content).hexdigest()
-
-
-def fingerprint(*sides: Photos) -> str:
-    """SHA-256 over contents and classes of all photos of `sides`: the same for the same photos under other names."""
-    entries = sorted(
-        side.classes[label].encode(errors="surrogateescape") + content
-        for side in sides
-        for label, content in zip(side.labels, side.contents.tolist(), strict=True)
-    )
-    return hashlib.sha256(b"\n".join(entries)).hexdigest()
-
-
-def describe(gallery: Photos, queries: Photos) -> dict:
-    """The `dataset` part of a result file: what was searched, what asked, what was left out."""
-    contents = np.concatenate([gallery.contents, queries.contents])
-    skipped = {(str(side.folder), entry["path"]): entry for side in (gallery, queries) for entry in side.skipped}
-    return {
-        "name": gallery.name,
-        "folder": gallery.folder.as_posix(),
-        "fingerprint": fingerprint(gallery, queries),
-        "classes": {name: int((gallery.labels == label).sum()) for label, name in enumerate(gallery.classes)},
-        "gallery": len(gallery),
-        "queries": len(queries),
-        "skipped": list(skipped.values()),
-        "duplicates": len(contents) - len(np.unique(contents)),
-    }

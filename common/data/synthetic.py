@@ -1,52 +1,55 @@
-"""Cats and dogs drawn with Pillow, for runs where no photos are to be had.
+"""Cats and dogs drawn with Pillow, for runs where no photos are available.
 
-What tells them apart is ears, muzzle, eyes and whiskers, and some of those are ambiguous on purpose (cats with folded
-ears, dogs with pointed ones). Fur, pose, light and clutter come from the same ranges for both; only the place gives a
-hint, as in real photos: dogs are more often on a meadow, cats in a room.
+Ears, muzzle, eyes and whiskers tell them apart, some of them ambiguous on purpose (cats with folded ears, dogs with
+pointed ones). Fur, pose, lighting and clutter come from the same ranges for both; only the setting gives a hint, as in
+real photos: dogs are more often on a meadow, cats in a room.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from common.storage import parallel_map, written_whole
+from common.data.brush import Brush, Colour, shade, vary_colour
+from common.parallel import parallel_map
+from common.storage import atomic_write
 
 VERSION = "1"  # of the drawing: another one is another data set
+MARKER = "SYNTHETIC.txt"  # lies in a folder of synthetic images, so that they never pass for real photos
 COUNT = 2000
-SIDE = 192  # pixels of a finished drawing
-CANVAS = 288  # pixels while drawing: edges get smooth when it is made smaller
+SIZE = 192  # pixels of a finished image
+CANVAS = 288  # pixels while drawing; downsampling smooths the edges
 FURS = ("#2b2b2e", "#6f6f76", "#a9a9ad", "#e9e4da", "#d98b3a", "#b5652b", "#7a4a2a", "#caa472", "#8d7a66", "#f3d9ae")
 EYES = ("#7fae3a", "#c9a227", "#5fa3c7", "#8a5a2b", "#4d7d4d")
-THINGS = ("#c0392b", "#2e86c1", "#28b463", "#f1c40f", "#8e44ad", "#e67e22", "#ecf0f1", "#34495e", "#d98880", "#76d7c4")
-PLACES = ("gradient", "room", "meadow", "carpet")
-PLACES_OF = {"cat": (0.2, 0.5, 0.1, 0.2), "dog": (0.2, 0.1, 0.5, 0.2)}  # probabilities
-
-Point = tuple[float, float]
-Colour = tuple[int, int, int]
+OBJECTS = ("#c0392b", "#2e86c1", "#28b463", "#f1c40f", "#8e44ad", "#e67e22", "#ecf0f1", "#34495e", "#d98880", "#76d7c4")
+SETTINGS = ("gradient", "room", "meadow", "carpet")
+SETTING_PROBABILITIES = {"cat": (0.2, 0.5, 0.1, 0.2), "dog": (0.2, 0.1, 0.5, 0.2)}
 
 
-def draw_sample(folder: Path, mark: str, count: int = COUNT, seed: int = 0) -> Path:
-    """Draws `count` photos, every second one a cat, into `folder/cat` and `folder/dog`; returns `folder`.
+def draw_dataset(folder: Path, count: int = COUNT, seed: int = 0) -> Path:
+    """Draws `count` images, every second one a cat, into `folder/cat` and `folder/dog`; returns `folder`.
 
-    The same count and seed give the same photos. `mark` names a file that says they are drawn. The folder shows up
-    whole or not at all.
+    The same count and seed give the same images. The folder appears complete or not at all.
     """
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         for name in ("cat", "dog"):
             (temporary / name).mkdir(parents=True)
-        (temporary / mark).write_text(f"Drawn by common/sample.py: {count} photos, seed {seed}.\n")
+        (temporary / MARKER).write_text(f"Drawn by common/data/synthetic.py: {count} images, seed {seed}.\n")
 
         def save(index: int) -> None:
             kind = ("cat", "dog")[index % 2]
             drawn = draw_photo(kind, np.random.default_rng([seed, index]))
             drawn.save(temporary / kind / f"{kind}.{index // 2:04d}.jpg", quality=88)
 
-        for _ in tqdm(parallel_map(save, range(count)), "drawing cats and dogs", count, unit=" photos"):
+        for _ in tqdm(parallel_map(save, range(count)), "drawing cats and dogs", count, unit=" images"):
             pass
     return folder
+
+
+def is_synthetic(folder: Path) -> bool:
+    """Whether the images in `folder` were drawn here."""
+    return (folder / MARKER).exists()
 
 
 def draw_photo(kind: str, rng: np.random.Generator) -> Image.Image:
@@ -54,46 +57,11 @@ def draw_photo(kind: str, rng: np.random.Generator) -> Image.Image:
     image = _background(kind, rng)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(1, 6)):
-        _thing(draw, rng)
+        _draw_object(draw, rng)
     _animal(draw, kind, rng)
     if rng.random() < 0.25:  # something lies in front
-        _thing(draw, rng, smallest=0.04, largest=0.1)
+        _draw_object(draw, rng, low=0.04, high=0.1)
     return _photograph(image, rng)
-
-
-@dataclass
-class Brush:
-    """Draws shapes given in the animal's own coordinates: origin in the middle of the head, 1 its radius, y down."""
-
-    draw: ImageDraw.ImageDraw
-    centre: Point  # on the canvas, pixels
-    size: float  # pixels of one unit
-    turn: float  # radians
-    mirrored: bool
-
-    def place(self, points: np.ndarray) -> list[Point]:
-        """On the canvas: [P, 2] of the animal's coordinates as pixels."""
-        x, y = (points * (-1 if self.mirrored else 1, 1)).T
-        cos, sin = np.cos(self.turn), np.sin(self.turn)
-        across, down = x * cos - y * sin, x * sin + y * cos
-        return list(zip(self.centre[0] + self.size * across, self.centre[1] + self.size * down, strict=True))
-
-    def polygon(self, colour: Colour, *points: Point) -> None:
-        """A filled polygon."""
-        self.draw.polygon(self.place(np.array(points, float)), fill=colour)
-
-    def line(self, colour: Colour, width: float, *points: Point) -> None:
-        """A line; `width` in the animal's units."""
-        pixels = max(1, round(width * self.size))
-        self.draw.line(self.place(np.array(points, float)), fill=colour, width=pixels, joint="curve")
-
-    def ellipse(self, colour: Colour, centre: Point, radii: Point, turn: float = 0.0) -> None:
-        """A filled ellipse, turned by `turn` radians."""
-        angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-        x, y = radii[0] * np.cos(angles), radii[1] * np.sin(angles)
-        cos, sin = np.cos(turn), np.sin(turn)
-        points = np.stack([centre[0] + x * cos - y * sin, centre[1] + x * sin + y * cos], axis=1)
-        self.draw.polygon(self.place(points), fill=colour)
 
 
 def _animal(draw: ImageDraw.ImageDraw, kind: str, rng: np.random.Generator) -> None:
@@ -105,8 +73,8 @@ def _animal(draw: ImageDraw.ImageDraw, kind: str, rng: np.random.Generator) -> N
     x = 0.5 + (forward if not mirrored else -forward) + rng.uniform(-0.12, 0.12)
     y = {"portrait": 0.5, "sitting": 0.35, "standing": 0.38, "lying": 0.52}[pose] + rng.uniform(-0.08, 0.08)
     brush = Brush(draw, (CANVAS * x, CANVAS * y), size, rng.normal(0, 0.14), mirrored)
-    fur = _colour(rng.choice(FURS), rng, 14)
-    second = _shade(fur, rng.uniform(0.55, 0.75)) if rng.random() < 0.5 else _colour(rng.choice(FURS), rng, 14)
+    fur = vary_colour(rng.choice(FURS), rng, 14)
+    second = shade(fur, rng.uniform(0.55, 0.75)) if rng.random() < 0.5 else vary_colour(rng.choice(FURS), rng, 14)
     pattern = rng.choice(["plain", "stripes", "patches"], p=[0.45, 0.3, 0.25])
     _body(brush, pose, kind, fur, second, pattern, rng)
     _head(brush, kind, fur, second, pattern, rng)
@@ -115,7 +83,7 @@ def _animal(draw: ImageDraw.ImageDraw, kind: str, rng: np.random.Generator) -> N
 def _body(
     brush: Brush, pose: str, kind: str, fur: Colour, second: Colour, pattern: str, rng: np.random.Generator
 ) -> None:
-    dark = _shade(fur, 0.82)
+    dark = shade(fur, 0.82)
     tail = 0.16 if kind == "cat" else rng.uniform(0.16, 0.3)
     curl = rng.uniform(-0.6, 0.6)
     if pose == "portrait":
@@ -126,7 +94,7 @@ def _body(
         brush.ellipse(dark, (0, 2.5), (1.3, 1.35))
         brush.ellipse(fur, (0, 1.9), (0.95, 1.4))
         for side in (-0.42, 0.42):
-            brush.ellipse(_shade(fur, 0.92), (side, 2.9), (0.28, 1.0))
+            brush.ellipse(shade(fur, 0.92), (side, 2.9), (0.28, 1.0))
             brush.ellipse(second, (side, 3.75), (0.36, 0.22))
     elif pose == "standing":
         brush.line(dark, tail, (3.6, 0.9), (4.3, 0.3 + curl), (4.6, -0.6 + curl))
@@ -149,7 +117,7 @@ def _body(
 
 def _head(brush: Brush, kind: str, fur: Colour, second: Colour, pattern: str, rng: np.random.Generator) -> None:
     is_cat = kind == "cat"
-    dark = _shade(fur, 0.8)
+    dark = shade(fur, 0.8)
     wide = rng.uniform(0.95, 1.15) if is_cat else rng.uniform(0.82, 1.05)
     _ears(brush, is_cat, wide, dark, second, rng)
     brush.ellipse(fur, (0, 0), (wide, rng.uniform(0.82, 0.95) if is_cat else rng.uniform(0.92, 1.1)))
@@ -159,7 +127,7 @@ def _head(brush: Brush, kind: str, fur: Colour, second: Colour, pattern: str, rn
     elif pattern == "patches":
         brush.ellipse(second, (rng.choice([-0.4, 0.4]), -0.2), (0.38, 0.45), rng.uniform(-0.4, 0.4))
     _eyes(brush, is_cat, dark, rng)
-    pale = _shade(fur, rng.uniform(1.15, 1.5))
+    pale = shade(fur, rng.uniform(1.15, 1.5))
     if is_cat:
         _cat_face(brush, pale, rng)
     else:
@@ -178,7 +146,7 @@ def _ears(brush: Brush, is_cat: bool, wide: float, dark: Colour, second: Colour,
             brush.polygon((214, 150, 150), *inner)
         elif is_cat:  # folded
             brush.polygon(outer, (side * wide * 0.95, -0.4), (side * 0.75, -0.98), (side * 0.25, -0.78))
-            brush.polygon(_shade(outer, 0.85), (side * 0.85, -0.6), (side * 0.62, -0.55), (side * 0.6, -0.92))
+            brush.polygon(shade(outer, 0.85), (side * 0.85, -0.6), (side * 0.62, -0.55), (side * 0.6, -0.92))
         else:
             hang = rng.uniform(0.15, 0.5)
             brush.ellipse(
@@ -187,7 +155,7 @@ def _ears(brush: Brush, is_cat: bool, wide: float, dark: Colour, second: Colour,
 
 
 def _eyes(brush: Brush, is_cat: bool, dark: Colour, rng: np.random.Generator) -> None:
-    black, iris = (20, 18, 18), _colour(rng.choice(EYES), rng, 10)
+    black, iris = (20, 18, 18), vary_colour(rng.choice(EYES), rng, 10)
     closed = rng.random() < 0.1
     for side in (-1, 1):
         x, y = side * 0.4, -0.12
@@ -198,7 +166,7 @@ def _eyes(brush: Brush, is_cat: bool, dark: Colour, rng: np.random.Generator) ->
             brush.ellipse(iris, (x, y), (0.21, 0.165), side * -0.25)
             brush.ellipse(black, (x, y), (rng.uniform(0.035, 0.12), 0.16))
         else:
-            brush.ellipse(_shade(dark, 0.8), (x, y), (0.2, 0.18))
+            brush.ellipse(shade(dark, 0.8), (x, y), (0.2, 0.18))
             brush.ellipse(black if rng.random() < 0.7 else iris, (x, y), (0.15, 0.15))
             brush.ellipse(black, (x, y), (0.09, 0.09))
         if not closed:
@@ -233,37 +201,37 @@ def _dog_face(brush: Brush, pale: Colour, rng: np.random.Generator) -> None:
 
 def _background(animal: str, rng: np.random.Generator) -> Image.Image:
     """A wall and floor, a meadow, a carpet or a plain gradient."""
-    top, bottom = (np.array(_colour(colour, rng, 30), float) for colour in rng.choice(FURS + THINGS, 2))
+    top, bottom = (np.array(vary_colour(colour, rng, 30), float) for colour in rng.choice(FURS + OBJECTS, 2))
     mix = np.linspace(0, 1, CANVAS)[:, None, None]
     rows = (top * (1 - mix) + bottom * mix).astype(np.uint8)
     image = Image.fromarray(rows.repeat(CANVAS, axis=1))
     draw = ImageDraw.Draw(image)
-    kind, horizon = rng.choice(list(PLACES), p=PLACES_OF[animal]), int(CANVAS * rng.uniform(0.45, 0.75))
+    kind, horizon = rng.choice(list(SETTINGS), p=SETTING_PROBABILITIES[animal]), int(CANVAS * rng.uniform(0.45, 0.75))
     if kind == "room":
-        draw.rectangle((0, horizon, CANVAS, CANVAS), fill=_colour(rng.choice(FURS), rng, 25))
+        draw.rectangle((0, horizon, CANVAS, CANVAS), fill=vary_colour(rng.choice(FURS), rng, 25))
         draw.line((0, horizon, CANVAS, horizon), fill=(225, 220, 210), width=int(rng.integers(2, 8)))
     elif kind == "meadow":
         green = np.array([70, 125, 50]) + rng.integers(-30, 30, 3)
         draw.rectangle((0, horizon, CANVAS, CANVAS), fill=tuple(green.tolist()))
         for x, y, lean, light in rng.uniform((0, horizon, -8, 0.7), (CANVAS, CANVAS, 8, 1.3), (120, 4)):
-            draw.line((x, y, x + lean, y - 14), fill=_shade(tuple(green.tolist()), light), width=2)
+            draw.line((x, y, x + lean, y - 14), fill=shade(tuple(green.tolist()), light), width=2)
     elif kind == "carpet":
-        step, stripe = int(rng.integers(14, 40)), _colour(rng.choice(THINGS), rng, 30)
+        step, stripe = int(rng.integers(14, 40)), vary_colour(rng.choice(OBJECTS), rng, 30)
         slant = int(rng.integers(-120, 120))
         for x in range(-CANVAS, 2 * CANVAS, 2 * step):
             draw.line((x, 0, x + slant, CANVAS), fill=stripe, width=step)
     return image
 
 
-def _thing(draw: ImageDraw.ImageDraw, rng: np.random.Generator, smallest: float = 0.05, largest: float = 0.2) -> None:
-    """A ball, a box, a cushion or a plant; sizes as shares of the canvas."""
+def _draw_object(draw: ImageDraw.ImageDraw, rng: np.random.Generator, low: float = 0.05, high: float = 0.2) -> None:
+    """A ball, a box, a cushion or a plant; sizes as fractions of the canvas."""
     x, y = rng.uniform(0, CANVAS, 2)
-    size, colour = CANVAS * rng.uniform(smallest, largest), _colour(rng.choice(THINGS), rng, 25)
+    size, colour = CANVAS * rng.uniform(low, high), vary_colour(rng.choice(OBJECTS), rng, 25)
     kind = rng.choice(["ball", "box", "cushion", "plant"])
     box = (x - size, y - size, x + size, y + size)
     if kind == "ball":
         draw.ellipse(box, fill=colour)
-        draw.arc(box, int(rng.integers(360)), int(rng.integers(360)), fill=_shade(colour, 0.7), width=3)
+        draw.arc(box, int(rng.integers(360)), int(rng.integers(360)), fill=shade(colour, 0.7), width=3)
     elif kind == "box":
         draw.rectangle((x - size, y - size * rng.uniform(0.3, 1), x + size, y + size), fill=colour)
     elif kind == "cushion":
@@ -272,29 +240,17 @@ def _thing(draw: ImageDraw.ImageDraw, rng: np.random.Generator, smallest: float 
         for angle in rng.uniform(0, 2 * np.pi, 7):
             tip = (x + 1.4 * size * np.cos(angle), y + 1.4 * size * np.sin(angle))
             beside = (x + 0.3 * size * np.cos(angle + 1.2), y + 0.3 * size * np.sin(angle + 1.2))
-            draw.polygon(((x, y), beside, tip), fill=_shade((60, 130, 70), rng.uniform(0.7, 1.2)))
+            draw.polygon(((x, y), beside, tip), fill=shade((60, 130, 70), rng.uniform(0.7, 1.2)))
 
 
 def _photograph(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The light, the lens and the sensor: brightness falling off to one side, a cast, blur, noise."""
-    image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     if rng.random() < 0.4:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.3)))
-    ramp, angle = np.linspace(-1, 1, SIDE, dtype=np.float32), rng.uniform(0, 2 * np.pi)
+    ramp, angle = np.linspace(-1, 1, SIZE, dtype=np.float32), rng.uniform(0, 2 * np.pi)
     slope = rng.uniform(0, 0.25) * np.array([np.cos(angle), np.sin(angle)], np.float32)
     light = np.float32(rng.uniform(0.75, 1.15)) + slope[0] * ramp[None, :] + slope[1] * ramp[:, None]
     pixels = np.asarray(image) * (light[..., None] * rng.uniform(0.9, 1.1, 3).astype(np.float32))
     pixels += rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(2, 11))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def _colour(name: str, rng: np.random.Generator, spread: int) -> Colour:
-    """The colour called "#rrggbb", each channel moved by up to `spread`."""
-    channels = np.array([int(name[start : start + 2], 16) for start in (1, 3, 5)]) + rng.integers(
-        -spread, spread + 1, 3
-    )
-    return tuple(channels.clip(0, 255).tolist())
-
-
-def _shade(colour: Colour, factor: float) -> Colour:
-    return tuple(int(min(255, channel * factor)) for channel in colour)

@@ -1,4 +1,4 @@
-"""A photo from a public address of the web."""
+"""A photo from a public web address."""
 
 import http.client
 import ipaddress
@@ -17,8 +17,8 @@ LIMIT = 50_000_000  # bytes of a photo's file
 def fetch_photo(address: str) -> bytes:
     """The file at an http(s) address, of at most `LIMIT` bytes.
 
-    Whoever can name an address could otherwise ask for what only this machine can reach: connections, those of
-    redirects included, go to public addresses alone. Raises `UserError`.
+    Connections, those of redirects included, go to public addresses only: otherwise whoever can name an address could
+    read what only this machine can reach. Raises `UserError`.
     """
     opener = urllib.request.OpenerDirector()  # not build_opener, which would also open ftp: and file:
     for handler in (
@@ -46,15 +46,15 @@ def fetch_photo(address: str) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address can be reached from anywhere: not loopback, private, link-local, multicast ..."""
+    """Whether an IP address is public: not loopback, private, link-local, multicast ..."""
     found = ipaddress.ip_address(address.split("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
     return found.is_global and not found.is_multicast
 
 
-def _connect(host: str, port: int, timeout: float) -> socket.socket:
+def _connect(host: str, port: int, timeout: float | None) -> socket.socket:
     """A connection to `host` if all its addresses are public; what is checked is what is connected to."""
-    places = [place[:2] for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    places = [(str(place[0]), port) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if private := [place[0] for place in places if not is_public(place[0])]:
         raise UserError(f"{host} is {private[0]}, which is not a public address: fetch the photo yourself")
     problem: OSError | None = None

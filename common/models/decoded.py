@@ -1,66 +1,80 @@
-"""The photos that a network trains on, decoded once: epochs then cut their batches from one array on disk."""
+"""What a network sees of photos, decoded once: training and embedding then take their batches from an array on disk."""
 
-import hashlib
-import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from common.config import UserError
+from common.data.decode import UnreadablePhotoError
 from common.data.photos import Photos
-from common.models.backbones import Preprocessing
-from common.storage import parallel_map, written_whole
-
-DISK_SHARE = 0.8  # of the free space that an array may take
-PIECE = 64  # photos decoded at a time
-
-SquaresAt = Callable[[np.ndarray], np.ndarray]  # int [B], positions -> uint8 [B, S, S, 3], RGB, a copy
+from common.models.preprocessing import Preprocessing
+from common.storage import RowCache
 
 
-def load_squares(photos: Photos, preprocessing: Preprocessing, cache: Path | None) -> SquaresAt:
-    """What the network is to see of `photos`, by position: `load_squares(...)(np.array([0, 7]))` -> uint8 [2, S, S, 3].
+class DecodedPhotos:
+    """The pixels of photos at the size of one preprocessing, uint8 [S, S, 3] each, by content.
 
-    From a memory-mapped array in the folder `cache`, made on the first call with the same photos and sizes; where
-    `cache` is None, or its disk has no room, from the photos' files each time.
+    As a consumer of `load_photos` it fills a memory-mapped array in the folder `cache`, which all scripts, seeds and
+    splits of the same photos share. What is not in the array (`cache` is None, or its disk is full) is decoded from the
+    photo's file each time.
     """
 
-    def decode(positions: np.ndarray) -> np.ndarray:
-        return np.stack([preprocessing.square(preprocessing.decode(photos.read(position))) for position in positions])
+    chunksize = 32
 
-    if cache is None:
-        return decode
-    shape = (len(photos), preprocessing.crop, preprocessing.crop, 3)
-    seen = f"squares 2, {preprocessing.resize} {preprocessing.crop} {preprocessing.interpolation.name} "
-    key = hashlib.sha256(seen.encode() + photos.contents.tobytes()).hexdigest()[:32]
-    file = cache / f"{key}.npy"
-    array = _load(file, shape)
-    if array is None:
-        cache.mkdir(parents=True, exist_ok=True)
-        needed, free = int(np.prod(shape)), shutil.disk_usage(cache).free
-        if needed > DISK_SHARE * free:
-            print(f"{cache} has {free:,} bytes free, too few for {needed:,}: every epoch decodes the photos anew")
-            return decode
-        with written_whole(file) as temporary:
-            _write(temporary, shape, decode)
-        array = _load(file, shape)
-    return lambda positions: array[positions]
+    def __init__(self, preprocessing: Preprocessing, cache: Path | None) -> None:
+        self.preprocessing = preprocessing
+        key = f"decoded photos, {preprocessing.pixels}"
+        self.rows = RowCache(cache, key, (preprocessing.crop, preprocessing.crop, 3), np.uint8, mmap=True)
+
+    def lacks(self, sha256: np.ndarray) -> np.ndarray:
+        """bool [N]: which of the photos 'S64' [N] could be added to the array."""
+        return ~self.rows.contains(sha256) if self.rows.folder else np.zeros(len(sha256), bool)
+
+    def consume(self, files: Sequence[tuple[bytes, bytes]]) -> dict[bytes, str]:
+        """Adds the photos in (sha256, content); returns {sha256: reason} of those that can't be decoded."""
+        keys, images, unusable = decode_files(files, self.preprocessing)
+        if keys:
+            self.rows.put(np.array(keys, "S64"), images)
+        return unusable
+
+    def flush(self) -> None:
+        """Writes to disk what was added."""
+        self.rows.flush()
+
+    def load(self, photos: Photos, indices: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S, 3] of the photos at `indices`, int [B].
+
+        Raises `UserError` if one that is not in the array can't be read or decoded any more.
+        """
+        rows, found = self.rows.get(photos.sha256[indices])
+        if found.all():
+            return rows
+        images = np.empty((len(indices), *rows.shape[1:]), np.uint8)
+        images[found] = rows
+        for place in np.flatnonzero(~found):
+            index = indices[place]
+            try:
+                images[place] = self.preprocessing.resize_crop(self.preprocessing.decode(photos.read(index)))
+            except UnreadablePhotoError as error:
+                raise UserError(f"{photos.path(index)} can't be decoded ({error}): remove it") from error
+        return images
+
+    def load_sample(self, photos: Photos, count: int) -> np.ndarray:
+        """uint8 [B, S, S, 3] of up to `count` photos, evenly spread."""
+        return self.load(photos, np.linspace(0, len(photos) - 1, min(count, len(photos))).astype(int))
 
 
-def _write(path: Path, shape: tuple[int, ...], decode: SquaresAt) -> None:
-    pieces = np.split(np.arange(shape[0]), range(PIECE, shape[0], PIECE))
-    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    with tqdm(desc="decoding photos", total=shape[0], unit=" photos") as bar:
-        for piece, squares in zip(pieces, parallel_map(decode, pieces), strict=True):
-            array[piece] = squares
-            bar.update(len(piece))
-    array.flush()
-
-
-def _load(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array in `file`, memory-mapped; None where it is not what `_write` leaves."""
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if array.shape == shape and array.dtype == np.uint8 else None
+def decode_files(
+    files: Sequence[tuple[bytes, bytes]], preprocessing: Preprocessing
+) -> tuple[list[bytes], np.ndarray, dict[bytes, str]]:
+    """From (sha256, content) of files: the keys [M] and pixels, uint8 [M, S, S, 3], of those that can be decoded; and
+    {sha256: reason} of the others."""
+    keys, images, unusable = [], [], {}
+    for sha256, data in files:
+        try:
+            images.append(preprocessing.resize_crop(preprocessing.decode(data)))
+            keys.append(sha256)
+        except UnreadablePhotoError as error:
+            unusable[sha256] = str(error)
+    return keys, np.array(images, np.uint8), unusable

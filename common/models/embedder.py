@@ -1,95 +1,136 @@
 """From photos to embeddings: decoding on all cores, beside the network's work on the device."""
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from common.data.photos import Photos, decode_photo
-from common.device import autocast, choose_precision, one_thread_each
-from common.models.backbones import Preprocessing, network_digest
-from common.storage import cached_rows, parallel_map
+from common.data.photos import Photos
+from common.device import autocast, choose_precision, limit_torch_threads
+from common.models.decoded import DecodedPhotos, decode_files
+from common.models.preprocessing import Preprocessing
+from common.parallel import parallel_map
+from common.storage import RowCache
 
-ImageAt = Callable[[int], Image.Image]  # an index -> its RGB image
+LoadImages = Callable[[np.ndarray], np.ndarray]  # int [B] -> uint8 [B, S, S, 3]
+CPU_BATCH, GPU_BATCH = 8, 256  # photos; larger batches exceed the caches of a CPU
 
 
-@dataclass
 class Embedder:
-    """A network with all that it needs to embed a photo; puts the network on `device`, channels last."""
+    """A network with all that it needs to embed photos; moves it to `device`, channels last.
 
-    network: nn.Module  # float32 [B, 3, S, S] -> [B, D]
-    preprocessing: Preprocessing
-    device: torch.device
-    batch_size: int = 0  # photos; 0: 8 on a CPU, whose caches larger ones leave, else 256
+    A consumer of `load_photos`: photos are then embedded as they are read.
+    """
 
-    def __post_init__(self) -> None:
-        on_cpu = self.device.type == "cpu"
-        self.batch_size = self.batch_size or (8 if on_cpu else 256)
-        self.precision = choose_precision(self.device)
-        self.turn = nullcontext() if on_cpu else Lock()  # a device other than the CPU takes one batch at a time
-        self.network = self.network.eval().to(self.device, memory_format=torch.channels_last)
-        self.digest = network_digest(self.network)
-        self.dimension = self.embed_images([Image.new("RGB", (8, 8))]).shape[1]
+    def __init__(
+        self,
+        network: nn.Module,  # float32 [B, 3, S, S] -> [B, D]
+        preprocessing: Preprocessing,
+        device: torch.device,
+        batch_size: int = 0,  # photos; 0: CPU_BATCH or GPU_BATCH
+        cache: Path | None = None,  # a folder that keeps embeddings for the next run
+        decoded: DecodedPhotos | None = None,  # takes pixels from there where it has them
+    ) -> None:
+        on_cpu = device.type == "cpu"
+        self.preprocessing, self.device = preprocessing, device
+        self.batch_size = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
+        self.chunksize = max(self.batch_size, DecodedPhotos.chunksize)
+        self.precision = choose_precision(device)
+        self.lock = nullcontext() if on_cpu else Lock()  # a device other than the CPU takes one batch at a time
+        self.network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dim = self.embed_images([Image.new("RGB", (8, 8))]).shape[1]
+        self.decoded = decoded or DecodedPhotos(preprocessing, None)
+        versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+        seen = f"{preprocessing}, {preprocessing.pixels}"
+        key = f"embeddings, {network_digest(network)}, {seen}, {self.precision} on {device.type}, {versions}"
+        self.rows = RowCache(cache, key, (self.dim,), np.float32)
+
+    def lacks(self, sha256: np.ndarray) -> np.ndarray:
+        """bool [N]: which of the photos 'S64' [N] it has not embedded yet."""
+        return ~self.rows.contains(sha256)
+
+    def consume(self, files: Sequence[tuple[bytes, bytes]]) -> dict[bytes, str]:
+        """Embeds the photos in (sha256, content); returns {sha256: reason} of those that can't be decoded."""
+        unusable: dict[bytes, str] = {}
+        for start in range(0, len(files), self.batch_size):
+            keys, images, failed = decode_files(files[start : start + self.batch_size], self.preprocessing)
+            unusable |= failed
+            if keys:
+                self.rows.put(np.array(keys, "S64"), self.embed_batch(images))
+        return unusable
+
+    def flush(self) -> None:
+        """Writes new embeddings to disk."""
+        self.rows.flush()
 
     def embed_images(self, images: Iterable[Image.Image]) -> np.ndarray:
-        """float32 [B, D], L2-normalised, of B RGB images: one batch, on this thread."""
-        return self.embed_squares(np.stack([self.preprocessing.square(image) for image in images]))
+        """float32 [B, D], L2-normalized, of B RGB images: one batch, on this thread."""
+        return self.embed_batch(np.stack([self.preprocessing.resize_crop(image) for image in images]))
 
-    def embed_squares(self, squares: np.ndarray) -> np.ndarray:
-        """float32 [B, D], L2-normalised, of what `preprocessing.square` makes of images, uint8 [B, S, S, 3]."""
-        with self.turn, torch.inference_mode(), autocast(self.device, self.precision):
-            features = self.network(self.preprocessing.normalise(torch.from_numpy(squares).to(self.device))).float()
+    def embed_batch(self, images: np.ndarray) -> np.ndarray:
+        """float32 [B, D], L2-normalized, of the pixels that `resize_crop` returns, uint8 [B, S, S, 3]."""
+        with self.lock, torch.inference_mode(), autocast(self.device, self.precision):
+            features = self.network(self.preprocessing.normalize(torch.from_numpy(images).to(self.device))).float()
             return functional.normalize(features).cpu().numpy()
 
     def stream(
-        self, image_at: ImageAt, indices: np.ndarray, label: str = ""
+        self, load_images: LoadImages, indices: np.ndarray, label: str = ""
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Embeds the images `image_at(index)`: yields (indices [B], float32 [B, D]), batch by batch.
+        """Embeds `load_images(indices)`, batch by batch: yields (indices [B], float32 [B, D]).
 
-        Every core takes a batch of its own from files to embeddings. So decoding goes on beside the network, and no
-        core waits for another inside it, as it would with one batch spread over all. `label` names a progress bar.
+        Every core takes a batch of its own from files to embeddings. So decoding runs beside the network, and no core
+        waits for another inside it, as it would with one batch spread over all. `label` names a progress bar.
         """
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
         with (
-            one_thread_each() as threads,
+            limit_torch_threads() as threads,
             tqdm(desc=label, total=len(indices), unit=" photos", disable=not label) as bar,
         ):
-            embedded = parallel_map(lambda batch: self.embed_images(map(image_at, batch)), batches, ahead=threads)
+            embedded = parallel_map(lambda batch: self.embed_batch(load_images(batch)), batches, prefetch=threads)
             for batch, embeddings in zip(batches, embedded, strict=True):
                 bar.update(len(batch))
                 yield batch, embeddings
 
-    def embed(self, contents: np.ndarray, image_at: ImageAt, cache: Path | None, label: str) -> np.ndarray:
-        """float32 [N, D], L2-normalised, of N images, those in `cache` not computed again.
+    def embed(self, keys: np.ndarray, load_images: LoadImages, label: str = "") -> np.ndarray:
+        """float32 [N, D], L2-normalized, of N images; those in the cache are not computed again.
 
         Args:
-            contents: bytes [N] ('S64'), a hash of what `image_at(index)` gives.
-            image_at: the RGB image of an index.
-            cache: a folder, or None.
-            label: for the progress bar.
+            keys: bytes [N] ('S64'), a hash of what determines the pixels of each image.
+            load_images: the pixels of the images at some indices.
+            label: of the progress bar.
         """
-        key = f"embeddings 2, {self.digest}, {self.preprocessing}, {self.precision} on {self.device.type}"
-        empty = np.empty((0, self.dimension), np.float32)
-        return cached_rows(cache, key, contents, empty, lambda missing: self.stream(image_at, missing, label))[0]
+        missing = np.flatnonzero(self.lacks(keys))
+        _, first = np.unique(keys[missing], return_index=True)
+        missing = missing[np.sort(first)]
+        if len(missing):
+            try:
+                for indices, embeddings in self.stream(load_images, missing, label):
+                    self.rows.put(keys[indices], embeddings)
+            finally:  # an interrupt keeps what came before
+                self.rows.flush()
+        return self.rows.get(keys)[0]
 
-    def embed_photos(self, photos: Photos, cache: Path | None, label: str) -> np.ndarray:
-        """float32 [N, D], L2-normalised; see `embed`."""
-        return self.embed(photos.contents, partial(self.image_at, photos), cache, label)
-
-    def image_at(self, photos: Photos, index: int) -> Image.Image:
-        """The RGB image of one of `photos` as the network needs it; raises `UserError` if its file has changed."""
-        return self.preprocessing.decode(photos.read(index))
+    def embed_photos(self, photos: Photos, label: str = "") -> np.ndarray:
+        """float32 [N, D], L2-normalized; raises `UserError` for a photo that has changed or gone."""
+        return self.embed(photos.sha256, partial(self.decoded.load, photos), label)
 
 
-def image_of(photos: Photos, index: int) -> Image.Image:
-    """The RGB image of one of `photos`; raises `UserError` if its file has changed since it was found."""
-    return decode_photo(photos.read(index))
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's layers, parameters and buffers: networks of equal digest give equal embeddings."""
+    digest = hashlib.sha256(repr(network).encode())
+    if any(getattr(module, "transform_input", False) for module in network.modules()):  # not in the repr
+        digest.update(b"transform_input")
+    for key, tensor in network.state_dict().items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

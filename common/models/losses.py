@@ -1,14 +1,14 @@
-"""What more than one approach minimises."""
+"""Losses that more than one approach uses."""
 
 import torch
 from torch.nn import functional
 
 
-def view_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross-entropy of finding a photo's other view among those of the batch, either way (van den Oord et al. 2018).
+def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+    """InfoNCE (van den Oord et al. 2018): the cross-entropy of finding a photo's other view in the batch, both ways.
 
-    `first` and `second` are unit vectors, float [B, D]: row i of both is photo i.
+    `first` and `second` are unit vectors, float [B, D]; row i of both is a view of photo i.
     """
-    logits = first @ second.T / temperature
-    own = torch.arange(len(logits), device=logits.device)
-    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
+    logits = first @ second.T / temperature  # BxB
+    target = torch.arange(len(logits), device=logits.device)
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2

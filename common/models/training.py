@@ -1,10 +1,10 @@
-"""Training, alike for every approach that learns: one loop, and checkpoints from which a killed run goes on."""
+"""Training, the same for every approach: the loop over epochs, one epoch, and checkpoints to resume from."""
 
 import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,207 +12,224 @@ from torch import nn
 from tqdm import tqdm
 
 from common.config import UserError
-from common.data.photos import Photos, fingerprint
+from common.data.photos import Photos
 from common.device import autocast, choose_precision
-from common.models.backbones import Preprocessing
-from common.models.decoded import load_squares
-from common.storage import parallel_map, written_whole
+from common.models.checkpoint import Checkpoint
+from common.models.decoded import DecodedPhotos
+from common.parallel import parallel_map
 
-WARM_UP = 0.05  # share of the steps in which the learning rate rises
-CLIP = 5.0  # the largest norm of a step's gradient
-CHECKED = 10  # steps between two looks at the loss, each of which waits for the device
-AHEAD = 4  # batches read while the device is busy
-CHECKPOINT_SCHEMA = 2  # what a checkpoint holds; 2 names the folder of the photos
-FREE = {"results", "cache", "resume", "device", "embed_batch_size"}  # a resumed run may change these hyperparameters
+WARM_UP = 0.05  # fraction of the steps in which the learning rate rises
+MAX_GRAD_NORM = 5.0
+LOG_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+PREFETCH = 4  # batches loaded while the device is busy
 
-Losses = dict[str, torch.Tensor]  # the parts of the loss by name, each a scalar; their sum is minimised
-Forward = Callable[..., Any]  # calls the network, in 16 bits where the device is faster for it
-LossOf = Callable[[Forward, torch.Tensor, np.ndarray], Losses]
+Losses = dict[str, torch.Tensor]  # the terms of the loss by name, each a scalar; their sum is minimized
+
+
+class Batch(NamedTuple):
+    """B photos on the device."""
+
+    images: torch.Tensor  # uint8 [B, S, S, 3]
+    labels: torch.Tensor  # int64 [B]
+    indices: torch.Tensor  # int64 [B], of the photos
+
+
+TrainingStep = Callable[[Callable, Batch], Losses]  # (network, batch) -> losses
+
+
+class Sampler(Protocol):
+    """Decides the order of an epoch."""
+
+    def epoch(self, rng: np.random.Generator) -> np.ndarray:
+        """int [N], indices of photos."""
+        ...
+
+
+class RandomSampler:
+    """Each of `count` photos once, in random order."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def epoch(self, rng: np.random.Generator) -> np.ndarray:
+        """int [N]"""
+        return rng.permutation(self.count)
+
+
+class TrainingConfig(Protocol):
+    """The hyperparameters that training needs."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    compile: bool
+    resume: bool
+
+
+class Trainer:
+    """A network with its optimizer (AdamW), its learning-rate schedule and the device's fast precision."""
+
+    def __init__(self, network: nn.Module, config: TrainingConfig, total_steps: int) -> None:
+        self.network = network
+        self.device = next(network.parameters()).device
+        self.precision = choose_precision(self.device)
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.compiled = torch.compile(network) if config.compile else network
+        self.peak, self.total_steps = config.learning_rate, total_steps
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Calls the network, in 16 bits where the device is faster that way."""
+        with autocast(self.device, self.precision):
+            return self.compiled(*inputs)
+
+    def optimizer_step(self, loss: torch.Tensor, step: int) -> None:
+        """One step down the gradient. In float16 the loss is scaled, and a step whose gradient overflows is skipped."""
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def learning_rate(self, step: int) -> float:
+        """Of one step, counted over all epochs."""
+        return self.peak * schedule(step / self.total_steps)
+
+    def write_to(self, checkpoint: Checkpoint, finished: bool) -> None:
+        """Puts the state into `checkpoint`; a finished one keeps what embedding needs alone."""
+        checkpoint.network = self.network.state_dict()
+        checkpoint.optimizer = None if finished else self.optimizer.state_dict()
+        checkpoint.scaler = None if finished else self.scaler.state_dict()
+
+    def read_from(self, checkpoint: Checkpoint) -> None:
+        """Takes the state of a checkpoint."""
+        self.network.load_state_dict(checkpoint.network)
+        if checkpoint.optimizer and checkpoint.scaler is not None:
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.scaler.load_state_dict(checkpoint.scaler)
 
 
 def train(
-    approach: str,
     network: nn.Module,
-    loss_of: LossOf,
+    training_step: TrainingStep,
     photos: Photos,
-    preprocessing: Preprocessing,
-    config: Any,
-    model: dict[str, str],
-    order: Callable[[np.random.Generator], np.ndarray] | None = None,
+    decoded: DecodedPhotos,
+    config: TrainingConfig,
+    checkpoint: Checkpoint,
+    path: Path,
+    sampler: Sampler | None = None,
 ) -> list[dict]:
-    """Trains `network` in place, on the device it is on, with AdamW.
+    """Trains `network` in place, on its device; writes `checkpoint` to `path` after every epoch.
 
-    After every epoch `<config.results>/<approach>.pt` holds the network, what the next epoch needs, and what it takes
-    to embed a photo. With `config.resume` a run goes on from there, to the very result of one that was never stopped.
+    With `config.resume` training continues from that file, on the same CPU to the bit-identical result of a run that
+    was never interrupted.
 
-    Args:
-        approach: names the checkpoint.
-        network: all that learns.
-        loss_of: (forward, squares, positions) -> the parts of a batch's loss. `squares` are uint8 [B, S, S, 3] on the
-            device, `positions` int [B] those of the photos. What is random in it draws from torch's global generators.
-        photos: N to train on. Their classes are not looked at here.
-        preprocessing: how a photo becomes a square.
-        config: with `epochs`, `batch_size`, `learning_rate`, `weight_decay`, `seed`, `compile`, `resume`, `cache` and
-            `results`.
-        model: what the result file says about the network; goes into the checkpoint.
-        order: an epoch's order of the positions, from a generator; a random permutation unless given. What is left
-            after the last full batch is left out.
+    `photos` are N photos to train on, `decoded` their pixels. `training_step` gives a batch's losses; its randomness
+    comes from torch's global generators. `sampler` decides the order of an epoch, random by default; what remains after
+    the last full batch is left out. `checkpoint` is that of the run that begins, without state.
 
-    Returns:
-        For each epoch {"epoch", "loss", the parts of the loss, "learning_rate", "seconds", "photos_per_second"}.
-
-    Raises:
-        UserError: the loss is NaN or infinite, or the checkpoint to resume from is damaged or of another run.
+    Returns the history, an entry of `train_epoch` per epoch. Raises `UserError` for a loss that is NaN or infinite, and
+    for a checkpoint to resume from that is damaged or of another run.
     """
-    path = Path(config.results) / f"{approach}.pt"
-    device = next(network.parameters()).device
-    optimizer = torch.optim.AdamW(
-        network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    precision = choose_precision(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    facts = {
-        "schema": CHECKPOINT_SCHEMA,
-        "approach": approach,
-        "config": vars(config),
-        "model": model,
-        "preprocessing": preprocessing.plain(),
-        "photos": fingerprint(photos),
-        "folder": str(photos.folder),
-    }
-    history = _resume(path, facts, network, optimizer, scaler) if config.resume else []
-
-    def save() -> None:
-        state = {**facts, "history": history, "network": network.state_dict()}
-        if len(history) < config.epochs:
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        with written_whole(path) as temporary:
-            torch.save(state, temporary)
-
-    if len(history) >= config.epochs:
-        if not history:
-            save()
-        return history
-    compiled = torch.compile(network) if config.compile else network
-
-    def forward(*images: torch.Tensor) -> Any:
-        with autocast(device, precision):
-            return compiled(*images)
-
     batch_size = min(config.batch_size, len(photos))
     steps = len(photos) // batch_size
-    squares_at = load_squares(photos, preprocessing, None if config.cache == "none" else Path(config.cache))
+    trainer = Trainer(network, config, config.epochs * steps)
+    sampler = sampler or RandomSampler(len(photos))
+    if config.resume:
+        checkpoint.history = resume(trainer, checkpoint, path, config.epochs)
+    history = checkpoint.history
+    if not config.epochs:
+        trainer.write_to(checkpoint, finished=True)
+        checkpoint.save(path)
     network.train()
     for epoch in range(len(history), config.epochs):
         rng = np.random.default_rng((config.seed, epoch))
         torch.manual_seed(int(rng.integers(2**62)))
-        positions = order(rng) if order else rng.permutation(len(photos))
-        batches = positions[: steps * batch_size].reshape(steps, batch_size)
-
-        def step(number: int, squares: torch.Tensor, epoch: int = epoch, batches: np.ndarray = batches) -> Losses:
-            progress = (epoch * steps + number) / (config.epochs * steps)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(progress)
-            losses = loss_of(forward, squares.to(device, non_blocking=device.type == "cuda"), batches[number])
-            _descend(sum(losses.values()), network, optimizer, scaler)
-            return losses
-
-        started = time.perf_counter()
-        loaded = parallel_map(lambda batch: _tensor(squares_at(batch), device), batches, AHEAD)
+        batches = sampler.epoch(rng)[: steps * batch_size].reshape(steps, batch_size)
         try:
-            parts = _run_epoch(step, loaded, f"epoch {epoch + 1} of {config.epochs}", steps, batch_size)
-        except FloatingPointError as error:
-            kept = f"; {path} keeps epoch {epoch}, the last good one" if history else ""
-            raise UserError(
-                f"{error} in epoch {epoch + 1}: lower learning_rate ({config.learning_rate}){kept}"
-            ) from error
-        seconds = time.perf_counter() - started
-        speed = {"seconds": seconds, "photos_per_second": batches.size / seconds}
-        rate = optimizer.param_groups[0]["lr"]
-        history.append({"epoch": epoch + 1, "loss": sum(parts.values()), **parts, "learning_rate": rate, **speed})
-        save()
+            history.append(train_epoch(trainer, training_step, photos, decoded, batches, epoch, config.epochs))
+        except UserError as error:
+            raise UserError(f"{error}; {path} keeps epoch {epoch}" if history else str(error)) from error
+        trainer.write_to(checkpoint, finished=epoch + 1 == config.epochs)
+        checkpoint.save(path)
     return history
 
 
-def schedule(progress: float) -> float:
-    """The share of the full learning rate at `progress` in [0, 1]: a linear rise, then half a cosine (Loshchilov and
-    Hutter 2017, SGDR)."""
-    if progress < WARM_UP:
-        return max(progress / WARM_UP, 0.01)
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))
+def train_epoch(
+    trainer: Trainer,
+    training_step: TrainingStep,
+    photos: Photos,
+    decoded: DecodedPhotos,
+    batches: np.ndarray,  # int [steps, batch_size]
+    epoch: int,
+    epochs: int,
+) -> dict:
+    """One pass over `batches`. Returns its entry in the history: {"epoch", "loss", its terms, "learning_rate",
+    "seconds", "photos_per_second"}. Raises `UserError` for a loss that is NaN or infinite."""
+    steps, batch_size = batches.shape
+    started = time.perf_counter()
+    sums: Losses = {}
+    with tqdm(desc=f"epoch {epoch + 1} of {epochs}", total=batches.size, unit=" photos") as bar:
+        for step, batch in enumerate(load_batches(photos, decoded, batches, trainer.device)):
+            losses = training_step(trainer.forward, batch)
+            trainer.optimizer_step(sum(losses.values(), torch.zeros(())), epoch * steps + step)
+            sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
+            if step % LOG_EVERY == LOG_EVERY - 1 or step == steps - 1:
+                mean_loss = float(sum(sums.values())) / (step + 1)
+                if not math.isfinite(mean_loss):
+                    raise UserError(
+                        f"the loss is {mean_loss} in epoch {epoch + 1}: lower learning_rate ({trainer.peak})"
+                    )
+                bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            bar.update(batch_size)
+    terms = {name: float(total) / steps for name, total in sums.items()}
+    seconds = time.perf_counter() - started
+    return {
+        "epoch": epoch + 1,
+        "loss": sum(terms.values()),
+        **terms,
+        "learning_rate": trainer.learning_rate((epoch + 1) * steps - 1),
+        "seconds": seconds,
+        "photos_per_second": batches.size / seconds,
+    }
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What `train` left at `path`, tensors on the CPU. Raises `UserError` for anything else."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file fails in as many ways as there are formats
-        raise UserError(f"{path} is not a checkpoint that torch can load safely: delete it and train anew") from error
-    if not isinstance(stored, dict) or stored.get("schema") != CHECKPOINT_SCHEMA:
-        raise UserError(f"{path} is not a checkpoint of this version of the scripts: name another, or train anew")
-    return stored
+def load_batches(photos: Photos, decoded: DecodedPhotos, batches: np.ndarray, device: torch.device) -> Iterable[Batch]:
+    """The batches on the device; some are loaded ahead, on other cores."""
+    labels = torch.from_numpy(photos.labels).to(device)
+    pin = device.type == "cuda"
+
+    def load(indices: np.ndarray) -> torch.Tensor:
+        images = torch.from_numpy(decoded.load(photos, indices))
+        return images.pin_memory() if pin else images
+
+    for indices, images in zip(batches, parallel_map(load, batches, PREFETCH), strict=True):
+        chosen = torch.from_numpy(indices).to(device)
+        yield Batch(images.to(device, non_blocking=pin), labels[chosen], chosen)
 
 
-def below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The part of a state dict whose names begin with `prefix`, without it: what a submodule of that name holds."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _resume(
-    path: Path, facts: dict, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> list[dict]:
-    """Puts the checkpoint's state into place and returns its history; raises `UserError` if it is of another run."""
+def resume(trainer: Trainer, checkpoint: Checkpoint, path: Path, epochs: int) -> list[dict]:
+    """Takes the state of the checkpoint at `path`, if there is one, and returns its history; raises `UserError` if it
+    is of another run than `checkpoint`."""
     if not path.exists():
         print(f"nothing to resume: there is no {path}, so training starts at the first epoch", flush=True)
         return []
-    stored = load_checkpoint(path)
-    if stored["photos"] != facts["photos"]:
-        raise UserError(f"{path} was trained on other photos: leave --resume out to train anew")
-    if stored["model"] != facts["model"]:
-        raise UserError(f"{path} began as {stored['model']}, this run as {facts['model']}: leave --resume out")
-    before, now = stored["config"], facts["config"]
-    if changed := [name for name in now if name not in FREE and before.get(name) != now[name]]:
-        told = ", ".join(f"{name} {before.get(name)!r} (now {now[name]!r})" for name in changed)
-        raise UserError(f"{path} was trained with {told}: give the same, or leave --resume out to train anew")
-    network.load_state_dict(stored["network"])
-    if "optimizer" in stored:
-        optimizer.load_state_dict(stored["optimizer"])
-        scaler.load_state_dict(stored["scaler"])
-    print(f"resumed from {path}: {len(stored['history'])} of {now['epochs']} epochs are done", flush=True)
-    return stored["history"]
+    stored = Checkpoint.load(path)
+    stored.require_same_run(checkpoint, path)
+    trainer.read_from(stored)
+    print(f"resumed from {path}: {len(stored.history)} of {epochs} epochs are done", flush=True)
+    return stored.history
 
 
-def _run_epoch(
-    step: Callable[[int, torch.Tensor], Losses], loaded: Iterable[torch.Tensor], label: str, steps: int, batch_size: int
-) -> dict[str, float]:
-    """Takes each step; returns the mean of each part of the loss. Raises FloatingPointError for NaN or infinity."""
-    sums: dict[str, torch.Tensor] = {}
-    with tqdm(desc=label, total=steps * batch_size, unit=" photos") as bar:
-        for number, squares in enumerate(loaded):
-            losses = step(number, squares)
-            sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
-            if number % CHECKED == CHECKED - 1 or number == steps - 1:
-                loss = float(sum(sums.values())) / (number + 1)
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss}")
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update(batch_size)
-    return {name: float(total) / steps for name, total in sums.items()}
-
-
-def _descend(
-    loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    """A step down the gradient; float16 needs the loss scaled, and a step whose gradient overflows left out."""
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-    scaler.step(optimizer)
-    scaler.update()
-
-
-def _tensor(squares: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(squares)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+def schedule(progress: float) -> float:
+    """The learning rate as a fraction of its peak, at `progress` in [0, 1]: a linear rise, then half a cosine
+    (Loshchilov and Hutter 2017, SGDR)."""
+    if progress < WARM_UP:
+        return max(progress / WARM_UP, 0.01)
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))

@@ -1,5 +1,22 @@
-"""Exact nearest neighbours by cosine similarity."""
+"""Exact k nearest neighbours by cosine similarity, on the CPU.
 
+The result is that of a float64 brute force over the unit vectors, ties going to the lower index, at about the cost of
+one matrix product in 16 bits. The gallery is compared block by block, and the k best so far are kept for each query:
+
+1. Rough product. Queries and block are rounded to bfloat16, where the CPU multiplies that faster, and multiplied.
+2. Error bound. How far a rough score can be off the exact one is bounded by Cauchy-Schwarz from the rounding errors of
+   the vectors, which are measured, and by the known error of summing D products (`_error_bound`).
+3. Candidates. A score that is lower than the k-th best by more than both errors can't be among the k best. A lower
+   bound of the k-th best comes cheaply from the maxima of groups of columns (`_candidates`).
+4. Exact rescoring. The few candidates are multiplied again in float32 (`_rescore`).
+5. Merge. They join the k best so far. Those nearer to each other than float32 can tell apart are compared in float64
+   (`_merge`).
+
+For less than `MIN_QUERIES_TO_ROUND` queries, which don't pay for rounding the block, the rough product is in float32;
+the other steps are the same.
+"""
+
+import functools
 import warnings
 from collections.abc import Iterator
 from functools import cached_property
@@ -7,21 +24,18 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from common.device import choose_product_precision, one_thread_each
-from common.storage import parallel_map
+from common.device import choose_product_precision, limit_torch_threads
+from common.parallel import parallel_map
 
-with warnings.catch_warnings():  # torch says once in a process that such tensors are in beta
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 1], [0], [0.0], size=(1, 1), check_invariants=False)
-
-GALLERY_BLOCK = 32_768  # embeddings compared at a time
-QUERY_BLOCK = 256  # queries that are compared with them at a time, by one core
-MANY_QUERIES = 64  # from here on it is worth it to round the gallery first
-RANKED = 1 << 20  # similarities that are ranked at a time, on each core
+GALLERY_BLOCK = 32_768  # gallery embeddings compared at a time
+QUERY_BLOCK = 256  # queries compared with them at a time, by one core
+MIN_QUERIES_TO_ROUND = 64
+RANK_BLOCK = 1 << 20  # similarities ranked at a time, by one core
+FLOAT32_EPSILON, BFLOAT16_EPSILON = 2.0**-24, 2.0**-9  # relative error of rounding to nearest
 
 
-def normalise(vectors: np.ndarray) -> np.ndarray:
-    """float32 [N, D], each row scaled to length 1 (a row of zeros stays). Raises ValueError for NaN and infinity."""
+def normalize(vectors: np.ndarray) -> np.ndarray:
+    """float32 [N, D], each row scaled to length 1; a row of zeros stays. Raises ValueError for NaN and infinity."""
     vectors = np.asarray(vectors, np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
@@ -30,55 +44,52 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 
 
 class CosineKNN:
-    """Compares queries with every embedding of a gallery.
+    """Compares queries with every embedding of a gallery; memory beside the gallery's own is bounded."""
 
-    The neighbours are those of a float64 brute force over the unit vectors, ties going to the lower index; memory
-    beside the gallery's own is bounded whatever the numbers of queries and photos.
-    """
-
-    def __init__(self, gallery: np.ndarray):
-        """`gallery`: float [N, D], N > 0, finite; normalised here."""
+    def __init__(self, gallery: np.ndarray) -> None:
+        """`gallery`: float [N, D], N > 0, finite; normalized here."""
         if gallery.ndim != 2 or not len(gallery):
             raise ValueError(f"a gallery is an array [N, D] with N > 0, not {gallery.shape}")
-        self.gallery = normalise(gallery)
+        _silence_sparse_warning()
+        self.gallery = normalize(gallery)
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k most similar gallery embeddings of each query, most similar first.
 
         Args:
-            queries: float [Q, D]; normalised here.
+            queries: float [Q, D]; normalized here.
             k: 1 to N, or N - 1 with `exclude`.
-            exclude: int [Q], each query's own index in the gallery, not to be found; -1 for a query that isn't in it.
+            exclude: int [Q], the gallery index that is not to be found for each query, its own; -1 for none.
 
         Returns:
             similarities: float32 [Q, k], cosines; indices: int64 [Q, k].
         """
         queries = self._checked(queries)
-        most = len(self.gallery) - (exclude is not None)
-        if not 1 <= k <= most:
-            raise ValueError(f"k is {k}: it must be from 1 to {most}, what the gallery can give")
+        largest = len(self.gallery) - (exclude is not None)
+        if not 1 <= k <= largest:
+            raise ValueError(f"k is {k}: the gallery allows 1 to {largest}")
         similarities = np.full((len(queries), k), -np.inf, np.float32)
         indices = np.full((len(queries), k), len(self.gallery))
         for start in range(0, len(self.gallery), GALLERY_BLOCK):
-            self._improve(start, queries, similarities, indices, exclude)
+            self._add_block(start, queries, similarities, indices, exclude)
         return similarities, indices
 
     def rank(self, queries: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """The whole gallery in order of similarity, some queries at a time: (which queries, int64 [q, N]).
+        """The whole gallery in order of similarity, a chunk of queries at a time: (their slice, int64 [q, N]).
 
-        For measures over the full ranking. Similarities are compared as float32, so two photos closer than about 1e-7
-        may change places against `search`.
+        For metrics over the full ranking. Similarities are compared in float32, so two photos closer than about 1e-7
+        may be in another order than `search` returns.
         """
         queries = self._checked(queries)
-        rows = max(1, RANKED // len(self.gallery))
+        rows = max(1, RANK_BLOCK // len(self.gallery))
         chunks = [slice(start, min(start + rows, len(queries))) for start in range(0, len(queries), rows)]
         gallery = torch.from_numpy(self.gallery)
         scores = (_product(torch.from_numpy(queries[chunk]), gallery).numpy() for chunk in chunks)
-        yield from zip(chunks, parallel_map(_descending, scores, ahead=2), strict=True)
+        yield from zip(chunks, parallel_map(_argsort_descending, scores, prefetch=2), strict=True)
 
     @cached_property
-    def _largest_rounding_errors(self) -> list[float]:
-        """Of each block, when the gallery is rounded to what products are fast in."""
+    def _block_errors(self) -> list[float]:
+        """The largest rounding error of each block of the gallery."""
         starts = range(0, len(self.gallery), GALLERY_BLOCK)
         blocks = (self.gallery[start : start + GALLERY_BLOCK] for start in starts)
         return [float(_rounding_errors(block, choose_product_precision()).max()) for block in blocks]
@@ -86,9 +97,9 @@ class CosineKNN:
     def _checked(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.gallery.shape[1]:
             raise ValueError(f"queries are an array [Q, {self.gallery.shape[1]}], not {queries.shape}")
-        return normalise(queries)
+        return normalize(queries)
 
-    def _improve(
+    def _add_block(
         self,
         start: int,
         queries: np.ndarray,
@@ -96,86 +107,88 @@ class CosineKNN:
         indices: np.ndarray,
         exclude: np.ndarray | None,
     ) -> None:
-        """Puts into `similarities` and `indices`, the k best so far, what of the block at `start` is better."""
+        """Updates `similarities` and `indices`, [Q, k], the best so far, with the gallery block at `start`."""
         block, k = self.gallery[start : start + GALLERY_BLOCK], similarities.shape[1]
-        precision = choose_product_precision() if len(queries) >= MANY_QUERIES else torch.float32
+        precision = choose_product_precision() if len(queries) >= MIN_QUERIES_TO_ROUND else torch.float32
         rough_queries, rough_block = (torch.from_numpy(vectors).to(precision) for vectors in (queries, block))
-        query_errors, block_error = np.zeros((len(queries), 1), np.float32), 0.0
+        error_bound = np.zeros((len(queries), 1), np.float32)
+        block_error = 0.0
         if precision != torch.float32:
-            query_errors = _rounding_errors(queries, precision)
-            block_error = self._largest_rounding_errors[start // GALLERY_BLOCK]
-        slack = 2 * _product_error(query_errors, block_error, queries.shape[1], precision)
-        hidden = np.full(len(queries), -1) if exclude is None else exclude - start
+            error_bound = _rounding_errors(queries, precision)
+            block_error = self._block_errors[start // GALLERY_BLOCK]
+        error_bound = _error_bound(error_bound, block_error, queries.shape[1], precision)
+        excluded_column = np.full(len(queries), -1) if exclude is None else exclude - start
 
-        def improve(chunk: slice) -> None:
-            scores = _product(rough_queries[chunk], rough_block)
-            row = np.flatnonzero((hidden[chunk] >= 0) & (hidden[chunk] < len(block)))
-            outside = row, hidden[chunk][row]
-            scores[outside] = -torch.inf
-            row, column = _candidates(scores, k, similarities[chunk, -1:], slack[chunk], outside)
-            found = _dot(queries[chunk], block, row, column)
-            similarities[chunk], indices[chunk] = self._merged(
-                queries[chunk], similarities[chunk], indices[chunk], row, column + start, found
+        def update_topk(rows: slice) -> None:
+            scores = _product(rough_queries[rows], rough_block)
+            row = np.flatnonzero((excluded_column[rows] >= 0) & (excluded_column[rows] < len(block)))
+            excluded = row, excluded_column[rows][row]
+            row, column = _candidates(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
+            exact = _rescore(queries[rows], block, row, column)
+            similarities[rows], indices[rows] = self._merge(
+                queries[rows], similarities[rows], indices[rows], row, column + start, exact
             )
 
-        chunks = [slice(at, at + QUERY_BLOCK) for at in range(0, len(queries), QUERY_BLOCK)]
+        chunks = [slice(first, first + QUERY_BLOCK) for first in range(0, len(queries), QUERY_BLOCK)]
         if len(chunks) == 1:
-            improve(chunks[0])
+            update_topk(chunks[0])
         else:
-            with one_thread_each() as threads:
-                for _ in parallel_map(improve, chunks, ahead=threads):
+            with limit_torch_threads() as threads:
+                for _ in parallel_map(update_topk, chunks, prefetch=threads):
                     pass
 
-    def _merged(
+    def _merge(
         self,
         queries: np.ndarray,
         similarities: np.ndarray,
         indices: np.ndarray,
         row: np.ndarray,
         index: np.ndarray,
-        found: np.ndarray,
+        exact: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best, [q, k], of those so far, [q, k], and of M more: the similarity `found` of each to the query `row`
-        and its `index` in the gallery, sorted by row and index. In the order of exact arithmetic."""
+        """The k best, [q, k], of the k best so far and of M candidates, in the order of exact arithmetic.
+
+        Of each candidate: the `row` of its query, its gallery `index`, its `exact` similarity, sorted by row and index.
+        """
         k = similarities.shape[1]
         counts = np.bincount(row, minlength=len(queries))
         place = k + np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
         scores = np.full((len(queries), k + counts.max()), -np.inf, np.float32)
-        which = np.full(scores.shape, len(self.gallery))
-        scores[:, :k], which[:, :k] = similarities, indices
-        scores[row, place], which[row, place] = found, index
+        ids = np.full(scores.shape, len(self.gallery))
+        scores[:, :k], ids[:, :k] = similarities, indices
+        scores[row, place], ids[row, place] = exact, index
 
-        # What is nearer to the next than float32 can tell is compared in float64. `_dot` sums in four lanes or more.
-        slack = np.float32(2 * (queries.shape[1] / 4 + 4) * 2.0**-24)
-        order = _descending(scores)
+        # `_rescore` sums in four lanes or more, so two scores closer than this may be in the wrong order.
+        tolerance = np.float32(2 * (queries.shape[1] / 4 + 4) * FLOAT32_EPSILON)
+        order = _argsort_descending(scores)
         scores = np.take_along_axis(scores, order, axis=1)
-        inside = (scores >= scores[:, k - 1 : k] - slack) & (scores > -np.inf)
-        width = max(k, inside.sum(axis=1).max())
-        order, scores, inside = (each[:, :width] for each in (order, scores, inside))
-        which = np.take_along_axis(which, order, axis=1)
-        close = (scores[:, :-1] <= scores[:, 1:] + slack) & inside[:, 1:]
-        near = np.pad(close, ((0, 0), (1, 0))) | np.pad(close, ((0, 0), (0, 1)))
-        row, place = np.nonzero(near)
-        precise = np.where(inside, scores, -np.inf).astype(np.float64)
+        contends = (scores >= scores[:, k - 1 : k] - tolerance) & (scores > -np.inf)
+        width = max(k, contends.sum(axis=1).max())
+        scores, contends = scores[:, :width], contends[:, :width]
+        ids = np.take_along_axis(ids, order[:, :width], axis=1)
+        ties_next = (scores[:, :-1] <= scores[:, 1:] + tolerance) & contends[:, 1:]
+        tied = np.pad(ties_next, ((0, 0), (1, 0))) | np.pad(ties_next, ((0, 0), (0, 1)))
+        row, place = np.nonzero(tied)
+        precise = np.where(contends, scores, -np.inf).astype(np.float64)
         for part in np.array_split(np.arange(len(row)), len(row) // 512 + 1):
-            pairs = queries[row[part]].astype(np.float64) * self.gallery[which[row[part], place[part]]]
-            precise[row[part], place[part]] = pairs.sum(axis=1)
-        order = np.lexsort((which, -precise))[:, :k]
-        return np.take_along_axis(precise, order, axis=1), np.take_along_axis(which, order, axis=1)
+            products = queries[row[part]].astype(np.float64) * self.gallery[ids[row[part], place[part]]]
+            precise[row[part], place[part]] = products.sum(axis=1)
+        order = np.lexsort((ids, -precise))[:, :k]
+        return np.take_along_axis(precise, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def _product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """[Q, N]. By torch, whose threads the network uses too: those of NumPy's BLAS spin on after a product and hold up
-    the next photo's network (p99 of a query's latency 120 ms instead of 13 on two cores)."""
+    """[Q, N]. By torch, whose threads the network uses too: those of NumPy's BLAS spin on after a product and delay the
+    next photo's network (p99 of a query's latency 120 ms instead of 13 on two cores)."""
     if len(queries) > 1:
         return queries @ gallery.T
-    # As 64 small ones, a product with a vector takes all cores and is five times as fast on two.
-    height, dimension = len(gallery) // 64, gallery.shape[1]
-    parts = torch.bmm(gallery[: 64 * height].view(64, height, dimension), queries.T.expand(64, dimension, 1))
+    # As 64 small products, one with a vector uses all cores and is five times as fast on two.
+    height, dim = len(gallery) // 64, gallery.shape[1]
+    parts = torch.bmm(gallery[: 64 * height].view(64, height, dim), queries.T.expand(64, dim, 1))
     return torch.cat([parts.view(1, 64 * height), queries @ gallery[64 * height :].T], dim=1)
 
 
-def _descending(scores: np.ndarray) -> np.ndarray:
+def _argsort_descending(scores: np.ndarray) -> np.ndarray:
     """The columns of float32 [Q, N] in order of score, highest first, ties by lower column: int64 [Q, N].
 
     Each score and its column become one integer that sorts like (score descending, column ascending): a float32 orders
@@ -189,52 +202,66 @@ def _descending(scores: np.ndarray) -> np.ndarray:
 
 
 def _rounding_errors(vectors: np.ndarray, precision: torch.dtype) -> np.ndarray:
-    """How far each of [N, D] is from itself in `precision`: float32 [N, 1]."""
-    pieces = torch.from_numpy(vectors).split(4096)
-    return torch.cat([(piece - piece.to(precision)).norm(dim=1, keepdim=True) for piece in pieces]).numpy()
+    """The distance of each of [N, D] from itself rounded to `precision`: float32 [N, 1]."""
+    chunks = torch.from_numpy(vectors).split(4096)
+    return torch.cat([(chunk - chunk.to(precision)).norm(dim=1, keepdim=True) for chunk in chunks]).numpy()
 
 
-def _product_error(query_errors: np.ndarray, block_error: float, dimension: int, precision: torch.dtype) -> np.ndarray:
-    """How far products of rounded unit vectors can be off the exact ones: float32 [Q, 1].
+def _error_bound(query_errors: np.ndarray, block_error: float, dim: int, precision: torch.dtype) -> np.ndarray:
+    """How far rough scores can be off the exact ones: float32 [Q, 1].
 
     |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'| (Cauchy-Schwarz); a sum in float32 is off by at most D * 2^-24
-    (Higham, Accuracy and Stability, 3.1), and a result below 1 that is itself rounded to bfloat16 by 2^-9.
+    (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), and a result below 1 that is itself rounded to
+    bfloat16 by 2^-9.
     """
-    summed = dimension * 2.0**-24
-    return np.float32(query_errors + 1.01 * (block_error + summed) + (2.0**-9 if precision == torch.bfloat16 else 0))
+    summation = dim * FLOAT32_EPSILON
+    result = BFLOAT16_EPSILON if precision == torch.bfloat16 else 0
+    return np.asarray(query_errors + 1.01 * (block_error + summation) + result, np.float32)
 
 
 def _candidates(
-    scores: torch.Tensor, k: int, floor: np.ndarray, slack: np.ndarray, outside: tuple[np.ndarray, np.ndarray]
+    scores: torch.Tensor, k: int, kth_best: np.ndarray, margin: np.ndarray, excluded: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of those of `scores`, bfloat16 or float32 [q, n], that may be among the k best, in their order.
+    """(row, column) of the rough `scores`, bfloat16 or float32 [q, n], that may be among the k best, in this order.
 
-    `floor`, float32 [q, 1], is the k-th best so far; two scores that differ by at most `slack`, float32 [q, 1], can be
-    in the wrong order. Positions `outside` are not to be found.
+    `kth_best`, float32 [q, 1], is the k-th best score so far; two rough scores that differ by at most `margin`, float32
+    [q, 1], can be in the wrong order. Positions `excluded`, (row, column), are no candidates.
     """
+    scores[excluded] = -torch.inf
     # Positive floats sort like their bits, and integers compare many times faster than bfloat16.
     bits = torch.int16 if scores.dtype == torch.bfloat16 else torch.int32
     keys = scores.view(bits).numpy()
     columns = keys.shape[1]
-    group = min(16, columns // (4 * k)) or 1  # the k-th best of the maxima of groups is at most the k-th best of all
-    width = columns // group
+    groups = min(16, columns // (4 * k)) or 1  # the k-th best of the groups' maxima is at most the k-th best of all
+    width = columns // groups
     if k <= width:
-        maxima = keys[:, : group * width].reshape(-1, group, width).max(axis=1)
+        maxima = keys[:, : groups * width].reshape(-1, groups, width).max(axis=1)
         kth = np.partition(maxima, width - k, axis=1)[:, width - k, None].copy()
-        floor = np.maximum(floor, torch.from_numpy(kth).view(scores.dtype).float().numpy())
-    least = torch.from_numpy(np.minimum(floor, 1) - slack).to(scores.dtype)
-    # Rounding `least` loses no candidate, as the scores are rounded too. If it isn't positive, take all.
-    mask = keys >= torch.where(least > 0, least.view(bits), torch.iinfo(bits).min).numpy()
-    mask[outside] = False
+        kth_best = np.maximum(kth_best, torch.from_numpy(kth).view(scores.dtype).float().numpy())
+    threshold = torch.from_numpy(np.minimum(kth_best, 1) - margin).to(scores.dtype)
+    # Rounding the threshold loses no candidate, as the scores are rounded too. If it isn't positive, take all.
+    mask = keys >= torch.where(threshold > 0, threshold.view(bits), torch.iinfo(bits).min).numpy()
+    mask[excluded] = False
     return np.divmod(np.flatnonzero(mask), columns)  # np.nonzero is several times slower
 
 
-def _dot(queries: np.ndarray, block: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+def _rescore(queries: np.ndarray, block: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
     """float32 [M]: products of `queries[row]` and `block[column]`, sorted by row; equal photos give equal products."""
     starts = np.searchsorted(row, np.arange(len(queries) + 1))
-    where = torch.from_numpy(starts), torch.from_numpy(column)
-    pairs = torch.sparse_csr_tensor(
-        *where, torch.zeros(len(row)), size=(len(queries), len(block)), check_invariants=False
+    pattern = torch.sparse_csr_tensor(
+        torch.from_numpy(starts),
+        torch.from_numpy(column),
+        torch.zeros(len(row)),
+        size=(len(queries), len(block)),
+        check_invariants=False,
     )
-    products = torch.sparse.sampled_addmm(pairs, torch.from_numpy(queries), torch.from_numpy(block).T, beta=0)
+    products = torch.sparse.sampled_addmm(pattern, torch.from_numpy(queries), torch.from_numpy(block).T, beta=0)
     return products.values().numpy()
+
+
+@functools.cache
+def _silence_sparse_warning() -> None:
+    """torch says once per process that sparse CSR tensors are in beta; here nobody sees it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], size=(1, 1), check_invariants=False)

@@ -1,49 +1,49 @@
 """Retrieval metrics: pure functions of which neighbours are relevant.
 
-`relevance` is bool [Q, K], True where the k-th nearest photo is relevant to the query; `relevant` is int [Q], how many
-photos of the gallery are, at least 1. Every function gives one value per query, float64 [Q] in [0, 1]; the metric is
-their mean.
+`relevance` is bool [Q, K], True where the k-th nearest photo is relevant to the query; `num_relevant` is int [Q], how
+many photos of the gallery are, at least 1. Every function gives one value per query, float64 [Q] in [0, 1]; the metric
+is their mean.
 """
 
 import numpy as np
 
-RESAMPLES = 1000  # of the bootstrap
+BOOTSTRAP_SAMPLES = 1000
 
 
 def precision_at_k(relevance: np.ndarray, k: int) -> np.ndarray:
-    """The relevant share of the first k."""
+    """The fraction of the first k that is relevant."""
     return _first(relevance, k).mean(axis=1)
 
 
-def recall_at_k(relevance: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
-    """The share of all relevant photos that is among the first k."""
-    return _first(relevance, k).sum(axis=1) / relevant
+def recall_at_k(relevance: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
+    """The fraction of all relevant photos that is among the first k."""
+    return _first(relevance, k).sum(axis=1) / num_relevant
 
 
 def hit_rate_at_k(relevance: np.ndarray, k: int) -> np.ndarray:
     """1 where any of the first k is relevant (Recall@k in metric-learning papers, such as Musgrave et al. 2020)."""
-    return _first(relevance, k).any(axis=1).astype(np.float64)
+    return np.asarray(_first(relevance, k).any(axis=1), np.float64)
 
 
-def average_precision_at_k(relevance: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
-    """Precision at each relevant one of the first k, summed and divided by min(k, relevant): its mean is map@k."""
+def average_precision_at_k(relevance: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
+    """Precision at each relevant one of the first k, summed and divided by min(k, num_relevant): its mean is map@k."""
     first = _first(relevance, k)
     precision = first.cumsum(axis=1) / np.arange(1, k + 1)
-    return (precision * first).sum(axis=1) / np.minimum(k, relevant)
+    return (precision * first).sum(axis=1) / np.minimum(k, num_relevant)
 
 
-def r_precision(relevance: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+def r_precision(relevance: np.ndarray, num_relevant: np.ndarray) -> np.ndarray:
     """Precision at R, R being the number of relevant photos; `relevance` is the ranking to the largest R at least."""
-    within = np.arange(relevance.shape[1]) < relevant[:, None]
-    return (relevance & within).sum(axis=1) / relevant
+    within = np.arange(relevance.shape[1]) < num_relevant[:, None]
+    return (relevance & within).sum(axis=1) / num_relevant
 
 
-def average_precision_at_r(relevance: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+def average_precision_at_r(relevance: np.ndarray, num_relevant: np.ndarray) -> np.ndarray:
     """Average precision over the first R: its mean is map@r (Musgrave, Belongie and Lim 2020, A Metric Learning
     Reality Check, section 3.2)."""
     positions = np.arange(1, relevance.shape[1] + 1)
-    counted = relevance & (positions <= relevant[:, None])
-    return (counted.cumsum(axis=1, dtype=np.int32) / positions * counted).sum(axis=1) / relevant
+    counted = relevance & (positions <= num_relevant[:, None])
+    return (counted.cumsum(axis=1, dtype=np.int32) / positions * counted).sum(axis=1) / num_relevant
 
 
 def reciprocal_rank(relevance: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def reciprocal_rank(relevance: np.ndarray) -> np.ndarray:
 
 
 def majority_vote(neighbour_labels: np.ndarray, k: int) -> np.ndarray:
-    """The most frequent label, int [Q], among the first k of int [Q, K]; of tied ones that of the nearest neighbour."""
+    """The most frequent label, int [Q], among the first k of int [Q, K]; in a tie, that of the nearest neighbour."""
     first = _first(neighbour_labels, k)
     counts = np.stack([(first == label).sum(axis=1) for label in range(first.max() + 1)], axis=1)
     votes = np.take_along_axis(counts, first, axis=1)  # [Q, k], how often each neighbour's label occurs
@@ -63,16 +63,18 @@ def majority_vote(neighbour_labels: np.ndarray, k: int) -> np.ndarray:
 def with_intervals(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, float]]:
     """The mean of each float [Q] with its 95 % interval, by the percentile bootstrap over queries (Efron 1979).
 
-    All metrics see the same resamples, so {"precision@1", ...} of one call may be compared with each other.
+    All metrics use the same resamples, so those of one call may be compared with each other.
     """
     table = np.stack(list(values.values()))  # [M, Q]
     count = table.shape[1]
-    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)  # [RESAMPLES, Q]
-    low, high = np.percentile(table @ times.T / count, [2.5, 97.5], axis=1)
+    weights = np.random.default_rng(seed).multinomial(
+        count, np.full(count, 1 / count), BOOTSTRAP_SAMPLES
+    )  # [BOOTSTRAP_SAMPLES, Q]
+    low, high = np.percentile(table @ weights.T / count, [2.5, 97.5], axis=1)
     means = table.mean(axis=1)
     return {
-        name: {"value": float(mean), "low": float(least), "high": float(most)}
-        for name, mean, least, most in zip(values, means, low, high, strict=True)
+        name: {"value": float(mean), "low": float(lower), "high": float(upper)}
+        for name, mean, lower, upper in zip(values, means, low, high, strict=True)
     }
 
 

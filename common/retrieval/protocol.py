@@ -1,125 +1,128 @@
-"""The protocol: one evaluation for every approach, so that their numbers can be compared."""
+"""The evaluation protocol, the same for every approach, so that their numbers can be compared."""
 
 import hashlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
-from torchvision.transforms import functional as transforms
-from tqdm import tqdm
+from PIL import Image
+from torch import nn
+from torchvision.transforms import InterpolationMode
 
-from common.data.photos import Photos, decode_photo, fingerprint
-from common.models.augment import HUE, LIGHT
-from common.models.embedder import Embedder, image_of
-from common.retrieval import metrics
+from common.data.decode import decode_photo
+from common.data.photos import Photos
+from common.models.embedder import Embedder
+from common.models.preprocessing import Preprocessing
+from common.retrieval import distortions, metrics, timing
 from common.retrieval.exact import CosineKNN
-from common.storage import cached_rows, parallel_map
 
 KS = (1, 5, 10, 100)
-INSTANCES = 1000  # gallery photos that are disturbed and must find themselves
-LATENCY_QUERIES, WARM_UP = 200, 10
-THROUGHPUT_PHOTOS = 160
-CROP_AREA = (0.35, 0.8)  # of a disturbed photo
-JPEG_QUALITY = 50
+NUM_INSTANCES = 1000  # gallery photos whose distorted copies must find them
+CHANCE_DIM = 16  # of the random vectors of the chance baseline
+RAW_PIXELS = 32  # side of the images of the raw-pixel baseline
+RAW_PIXEL_PREPROCESSING = Preprocessing(RAW_PIXELS, RAW_PIXELS, InterpolationMode.BOX, (0.0,) * 3, (1.0,) * 3)
+
+Scores = dict[str, dict[str, float]]  # metric -> {"value", "low", "high"}
 
 
 @dataclass
 class Evaluation:
-    """What `evaluate` found: three parts of the result file, and the neighbours behind the metrics.
+    """What `evaluate` measured: three parts of the result file, and the neighbours behind the metrics.
 
     `similarities` float32 and `neighbours` int64 (indices into the gallery) are [Q, K], most similar first.
     """
 
-    metrics: dict[str, dict[str, float]]
-    baselines: dict[str, dict[str, dict[str, float]]]
+    metrics: Scores
+    baselines: dict[str, Scores]
     timing: dict
     similarities: np.ndarray
     neighbours: np.ndarray
 
 
-def evaluate(embedder: Embedder, gallery: Photos, queries: Photos, seed: int, cache: Path | None) -> Evaluation:
-    """Embeds both sides, searches, scores and times; see the README for what each number means."""
-    gallery_embeddings = embedder.embed_photos(gallery, cache, "embedding the gallery")
-    query_embeddings = embedder.embed_photos(queries, cache, "embedding the queries")
+def evaluate(embedder: Embedder, raw_pixels: Embedder, gallery: Photos, queries: Photos, seed: int) -> Evaluation:
+    """Embeds both sides, searches, scores and times; docs/result-file.md says what each number means."""
+    gallery_embeddings = embedder.embed_photos(gallery, "embedding the gallery")
+    query_embeddings = embedder.embed_photos(queries, "embedding the queries")
     started = time.perf_counter()
     knn = CosineKNN(gallery_embeddings)
     index_seconds = time.perf_counter() - started
-    knn.search(query_embeddings[:WARM_UP], 1)
+    knn.search(query_embeddings[: timing.WARM_UP], 1)
     started = time.perf_counter()
     similarities, neighbours = knn.search(query_embeddings, min(max(KS), len(gallery)))
     search_seconds = time.perf_counter() - started
 
-    of_classes = score_classes(knn, query_embeddings, gallery.labels, queries.labels, neighbours)
-    of_instances = score_instances(knn, embedder, gallery, seed, cache)
-    scores = metrics.with_intervals(of_classes) | metrics.with_intervals(of_instances)
-    timing = {
-        **measure_throughput(embedder, gallery),
-        "index_seconds": index_seconds,
-        "search_queries_per_second": len(queries) / search_seconds,
-        "query_latency_ms": measure_latency(embedder, knn, queries),
-    }
-    return Evaluation(scores, score_floors(gallery, queries, seed, cache), timing, similarities, neighbours)
+    class_scores = score_classes(knn, query_embeddings, gallery.labels, queries.labels, neighbours)
+    instance_scores = score_instances(knn, embedder, gallery, seed)
+    return Evaluation(
+        metrics=metrics.with_intervals(class_scores) | metrics.with_intervals(instance_scores),
+        baselines=score_baselines(raw_pixels, gallery, queries, seed),
+        timing={
+            **timing.measure_throughput(embedder, gallery),
+            "index_seconds": index_seconds,
+            "search_queries_per_second": len(queries) / search_seconds,
+            "query_latency_ms": timing.measure_latency(embedder, knn, queries),
+        },
+        similarities=similarities,
+        neighbours=neighbours,
+    )
 
 
 def score_classes(
     knn: CosineKNN,
     query_embeddings: np.ndarray,
     gallery_labels: np.ndarray,
-    labels: np.ndarray,
+    query_labels: np.ndarray,
     neighbours: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every class metric, a value per query: float64 [Q] each.
+    """Every class metric, one value per query: float64 [Q] each.
 
     Args:
         knn: of the gallery, N embeddings.
         query_embeddings: float32 [Q, D].
         gallery_labels: int [N].
-        labels: int [Q], the classes of the queries; each occurs in the gallery.
-        neighbours: int64 [Q, K], what `knn.search` found for the metrics at k; the head of the ranking if not given.
+        query_labels: int [Q]; each occurs in the gallery.
+        neighbours: int64 [Q, K], what `knn.search` found, for the metrics at k; by default the head of the ranking.
     """
-    relevant = np.bincount(gallery_labels, minlength=labels.max() + 1)[labels]
-    head = np.empty((len(labels), min(max(KS), len(gallery_labels))), np.int64)
-    values = {"r_precision": np.empty(len(labels)), "map@r": np.empty(len(labels))}
+    num_relevant = np.bincount(gallery_labels, minlength=query_labels.max() + 1)[query_labels]
+    head = np.empty((len(query_labels), min(max(KS), len(gallery_labels))), np.int64)
+    values = {"r_precision": np.empty(len(query_labels)), "map@r": np.empty(len(query_labels))}
     for chunk, ranking in knn.rank(query_embeddings):
         head[chunk] = ranking[:, : head.shape[1]]
-        relevance = gallery_labels[ranking[:, : relevant.max()]] == labels[chunk, None]
-        values["r_precision"][chunk] = metrics.r_precision(relevance, relevant[chunk])
-        values["map@r"][chunk] = metrics.average_precision_at_r(relevance, relevant[chunk])
+        relevance = gallery_labels[ranking[:, : num_relevant.max()]] == query_labels[chunk, None]
+        values["r_precision"][chunk] = metrics.r_precision(relevance, num_relevant[chunk])
+        values["map@r"][chunk] = metrics.average_precision_at_r(relevance, num_relevant[chunk])
     neighbour_labels = gallery_labels[head if neighbours is None else neighbours]
-    relevance = neighbour_labels == labels[:, None]
+    relevance = neighbour_labels == query_labels[:, None]
     for k in (k for k in KS if k <= relevance.shape[1]):
         values[f"precision@{k}"] = metrics.precision_at_k(relevance, k)
-        values[f"recall@{k}"] = metrics.recall_at_k(relevance, relevant, k)
+        values[f"recall@{k}"] = metrics.recall_at_k(relevance, num_relevant, k)
         values[f"hit_rate@{k}"] = metrics.hit_rate_at_k(relevance, k)
-        values[f"map@{k}"] = metrics.average_precision_at_k(relevance, relevant, k)
-        values[f"accuracy@{k}"] = (metrics.majority_vote(neighbour_labels, k) == labels).astype(np.float64)
+        values[f"map@{k}"] = metrics.average_precision_at_k(relevance, num_relevant, k)
+        values[f"accuracy@{k}"] = (metrics.majority_vote(neighbour_labels, k) == query_labels).astype(np.float64)
     return values
 
 
-def score_instances(
-    knn: CosineKNN, embedder: Embedder, gallery: Photos, seed: int, cache: Path | None
-) -> dict[str, np.ndarray]:
-    """Do disturbed copies of gallery photos find their own original? A value per copy, float64 [I] each.
+def score_instances(knn: CosineKNN, embedder: Embedder, gallery: Photos, seed: int) -> dict[str, np.ndarray]:
+    """Do distorted copies of gallery photos find their original? One value per copy, float64 [I] each.
 
-    Up to `INSTANCES` photos, chosen by a hash of content and seed. A byte-identical twin of the original counts as it.
+    Up to `NUM_INSTANCES` photos, chosen by a hash of content and seed. A byte-identical twin counts as the original.
     """
-    keys = np.array(
-        [hashlib.sha256(f"disturbed 2, {seed} ".encode() + one).hexdigest() for one in gallery.contents.tolist()], "S64"
-    )
-    chosen = np.argsort(keys, kind="stable")[:INSTANCES]
+    # The prefix decides which photos and distortions: changing it would change every instance score.
+    draws = [hashlib.sha256(f"disturbed 2, {seed} ".encode() + one).hexdigest() for one in gallery.sha256.tolist()]
+    chosen = np.argsort(np.array(draws, "S64"), kind="stable")[:NUM_INSTANCES]
 
-    def disturbed(position: int) -> Image.Image:
-        rng = np.random.default_rng(int(keys[chosen[position]][:16], 16))
-        return decode_photo(disturb(image_of(gallery, chosen[position]), rng))
+    def distorted(places: np.ndarray) -> np.ndarray:
+        return np.stack([embedder.preprocessing.resize_crop(copy_of(chosen[place])) for place in places])
 
-    embeddings = embedder.embed(keys[chosen], disturbed, cache, "embedding disturbed copies")
-    _, identity = np.unique(gallery.contents, return_inverse=True)
+    def copy_of(index: int) -> Image.Image:
+        rng = np.random.default_rng(int(draws[index][:16], 16))
+        return decode_photo(distortions.distort(decode_photo(gallery.read(index)), rng))
+
+    keys = [hashlib.sha256(f"{distortions.VERSION} {draws[index]}".encode()).hexdigest() for index in chosen]
+    embeddings = embedder.embed(np.array(keys, "S64"), distorted, "embedding distorted copies")
+    _, identity = np.unique(gallery.sha256, return_inverse=True)
     values = {name: np.empty(len(chosen)) for name in ("instance_hit_rate@1", "instance_hit_rate@5", "instance_mrr")}
     for chunk, ranking in knn.rank(embeddings):
         relevance = identity[ranking] == identity[chosen[chunk], None]
@@ -129,87 +132,19 @@ def score_instances(
     return values
 
 
-def disturb(image: Image.Image, rng: np.random.Generator) -> bytes:
-    """The JPEG file of a photo as another user might have it: cropped, mirrored half the time, in another light.
-
-    The crop has the photo's proportions and is scaled back to its size. The same generator state gives the same bytes.
-    """
-    image = image.copy()
-    image.thumbnail((65_500, 65_500))  # JPEG's own limit; smaller photos stay as they are
-    side = np.sqrt(rng.uniform(*CROP_AREA))
-    width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
-    left, top = (int(rng.integers(room + 1)) for room in (image.width - width, image.height - height))
-    image = image.resize(image.size, Image.Resampling.BILINEAR, (left, top, left + width, top + height))
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = enhance(image).enhance(rng.uniform(1 - LIGHT, 1 + LIGHT))
-    image = transforms.adjust_hue(image, rng.uniform(-HUE, HUE))
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
-
-
-def measure_throughput(embedder: Embedder, gallery: Photos) -> dict[str, float]:
-    """Photos/s of decoding alone (all cores) and of the whole way from files to embeddings, with a warm network.
-
-    Over the same photos in every run, whatever the cache holds.
-    """
-    indices = np.linspace(0, len(gallery) - 1, min(THROUGHPUT_PHOTOS, len(gallery))).astype(int)
-    for _ in embedder.stream(partial(embedder.image_at, gallery), indices[: 2 * embedder.batch_size]):
-        pass  # the first batches are slow: kernels are chosen, memory is taken
-    started = time.perf_counter()
-    for _ in parallel_map(lambda index: embedder.preprocessing.square(embedder.image_at(gallery, index)), indices):
-        pass
-    decoded = time.perf_counter()
-    for _ in embedder.stream(partial(embedder.image_at, gallery), indices):
-        pass
-    embedded = time.perf_counter()
-    return {
-        "decode_photos_per_second": len(indices) / (decoded - started),
-        "embed_photos_per_second": len(indices) / (embedded - decoded),
-    }
-
-
-def measure_latency(embedder: Embedder, knn: CosineKNN, queries: Photos) -> dict[str, float]:
-    """Milliseconds from a photo file's bytes to its five neighbours, one photo at a time, after a warm-up."""
-    files = [queries.read(index) for index in range(min(LATENCY_QUERIES, len(queries)))]
-    seconds = []
-    for turn in tqdm(range(WARM_UP + LATENCY_QUERIES), "measuring latency", unit=" queries", leave=False):
-        data = files[turn % len(files)]
-        started = time.perf_counter()
-        embedding = embedder.embed_images([embedder.preprocessing.decode(data)])
-        knn.search(embedding, min(5, len(knn.gallery)))
-        seconds.append(time.perf_counter() - started)
-    p50, p95, p99 = (1000 * np.percentile(seconds[WARM_UP:], [50, 95, 99])).tolist()
-    return {"p50": p50, "p95": p95, "p99": p99, "queries": LATENCY_QUERIES, "warm_up": WARM_UP}
-
-
-def seed_everything(seed: int) -> None:
-    """Weights that start at random start alike; all else that is random here has a generator of its own."""
-    torch.manual_seed(seed)
-
-
-def score_floors(gallery: Photos, queries: Photos, seed: int, cache: Path | None) -> dict[str, dict]:
-    """The class metrics that any approach must beat: of random vectors, and of the pixels of the thumbnails."""
+def score_baselines(raw_pixels: Embedder, gallery: Photos, queries: Photos, seed: int) -> dict[str, Scores]:
+    """The class metrics that any approach must exceed: of random vectors, and of raw pixels."""
     rng = np.random.default_rng(seed)
-    knn = CosineKNN(rng.standard_normal((len(gallery), 16), np.float32))
-    chance = score_classes(knn, rng.standard_normal((len(queries), 16), np.float32), gallery.labels, queries.labels)
-
-    def compute(indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        asking = queries.subset(indices)
-        pixels = score_classes(CosineKNN(_pixels(gallery)), _pixels(asking), gallery.labels, asking.labels)
-        yield indices, np.stack(list(pixels.values()), axis=1)
-
-    key = f"raw pixels 2, {fingerprint(gallery)}, {fingerprint(queries)}"
-    asked = zip(queries.contents.tolist(), queries.labels.tolist(), strict=True)  # a copy may ask under another class
-    asked = np.array([hashlib.sha256(b"%s %d" % one).hexdigest() for one in asked], "S64")
-    rows, _ = cached_rows(cache, key, asked, np.empty((0, len(chance))), compute)
+    random = [rng.standard_normal((len(photos), CHANCE_DIM), np.float32) for photos in (gallery, queries)]
+    pixels = [raw_pixels.embed_photos(photos, "raw pixels") for photos in (gallery, queries)]
     return {
-        "chance": metrics.with_intervals(chance),
-        "raw_pixels": metrics.with_intervals(dict(zip(chance, rows.T, strict=True))),
+        name: metrics.with_intervals(
+            score_classes(CosineKNN(gallery_vectors), query_vectors, gallery.labels, queries.labels)
+        )
+        for name, (gallery_vectors, query_vectors) in (("chance", random), ("raw_pixels", pixels))
     }
 
 
-def _pixels(photos: Photos) -> np.ndarray:
-    return photos.thumbnails.reshape(len(photos), -1).astype(np.float32)
+def raw_pixel_embedder(cache: Path | None) -> Embedder:
+    """The baseline that learns nothing: the pixels of an image of 32 x 32 are its embedding."""
+    return Embedder(nn.Flatten(), RAW_PIXEL_PREPROCESSING, torch.device("cpu"), cache=cache)

@@ -1,0 +1,36 @@
+"""Work spread over the cores."""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], prefetch: int = 16, chunksize: int = 1
+) -> Iterator[Result]:
+    """`map` on one thread per core, in order, with bounded memory.
+
+    A thread takes `chunksize` items at a time (more pays off where each takes well under a millisecond), and at most
+    `prefetch` chunks are computed ahead. Threads, not processes: reading, hashing, Pillow's decoding and resizing,
+    sorting and the network all release the interpreter's lock.
+    """
+    iterator = iter(items)
+    chunks = iter(lambda: list(itertools.islice(iterator, chunksize)), [])
+    pending: deque[Future[list[Result]]] = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(lambda chunk: [function(item) for item in chunk], chunk))
+                if len(pending) > prefetch:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

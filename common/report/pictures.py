@@ -1,0 +1,100 @@
+"""Pictures of queries with their neighbours."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from common.data.decode import decode_photo
+from common.data.photos import Photos
+from common.retrieval.engine import SearchEngine, SearchResult
+from common.retrieval.protocol import Evaluation
+
+NUM_QUERIES, NUM_NEIGHBOURS = 8, 5  # of a run's picture
+MAX_RESULTS = 10  # of a search's picture
+TILE, GAP, MARGIN, FRAME = 128, 14, 28, 5  # pixels
+INK, FAINT, PAPER = "#22262b", "#7b828a", "#ffffff"
+CORRECT, WRONG = "#2e9e5b", "#d64541"  # frames
+COLOURS = ("#1f6feb", "#d64541", "#2e9e5b", "#8250df", "#bf8700", "#0a7ea4", "#cf222e", "#57606a")
+
+
+@dataclass
+class Tile:
+    """A photo in a picture, the text under it, and the colour of its frame."""
+
+    image: Image.Image
+    label: str
+    frame: str | None = None
+
+
+def draw_evaluation(
+    heading: str, subheading: str, gallery: Photos, queries: Photos, evaluation: Evaluation
+) -> Image.Image:
+    """Some queries, evenly spread, each with its nearest photos: similarities, and frames for the class."""
+
+    def row(query: int) -> list[Tile]:
+        label = queries.labels[query]
+        neighbours = evaluation.neighbours[query, :NUM_NEIGHBOURS]
+        similarities = evaluation.similarities[query, :NUM_NEIGHBOURS]
+        return [
+            Tile(decode_photo(queries.read(query)), queries.class_name(query)),
+            *(
+                Tile(
+                    decode_photo(gallery.read(index)),
+                    f"{similarity:.3f}",
+                    CORRECT if gallery.labels[index] == label else WRONG,
+                )
+                for index, similarity in zip(neighbours, similarities, strict=True)
+            ),
+        ]
+
+    shown = np.unique(np.linspace(0, len(queries) - 1, NUM_QUERIES).astype(int))
+    return draw_rows(heading, subheading, map(row, shown))
+
+
+def search_row(engine: SearchEngine, name: str, result: SearchResult) -> list[Tile]:
+    """A query and its nearest photos; raises `UserError` if a photo has changed."""
+    neighbours = zip(result.indices[:MAX_RESULTS], result.similarities, strict=False)
+    return [
+        Tile(result.image, name),
+        *(
+            Tile(engine.thumbnail(index, 2 * TILE), f"{similarity:.3f} {engine.gallery.class_name(index)}")
+            for index, similarity in neighbours
+        ),
+    ]
+
+
+def draw_rows(heading: str, subheading: str, rows: Iterable[list[Tile]]) -> Image.Image:
+    """One line per row: a query, then its nearest photos."""
+    rows = list(rows)
+    columns = max(len(row) for row in rows) - 1
+    small, large = ImageFont.load_default(14), ImageFont.load_default(20)
+    row_height, top = TILE + 34, MARGIN + 84
+    width = 2 * MARGIN + (1 + columns) * TILE + columns * GAP + 2 * GAP
+    width = max(width, 2 * MARGIN + round(small.getlength(subheading)))
+    picture = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN // 2), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, MARGIN - 8), heading, INK, large)
+    draw.text((MARGIN, MARGIN + 20), subheading, FAINT, small)
+    draw.text((MARGIN, MARGIN + 56), "query", FAINT, small)
+    first = MARGIN + TILE + 3 * GAP
+    draw.text((first, MARGIN + 56), "nearest photos, by cosine similarity", FAINT, small)
+
+    for y, row in zip(itertools.count(top, row_height), rows, strict=False):
+        for x, tile in zip(itertools.chain((MARGIN,), itertools.count(first, TILE + GAP)), row, strict=False):
+            size = TILE - 2 * FRAME
+            photo = ImageOps.fit(tile.image, (size, size), Image.Resampling.LANCZOS)
+            if tile.frame:
+                draw.rounded_rectangle((x, y, x + TILE - 1, y + TILE - 1), FRAME, tile.frame)
+            picture.paste(photo, (x + FRAME, y + FRAME))
+            draw.text((x + TILE / 2, y + TILE + 4), shorten(tile.label, small), INK, small, anchor="ma")
+    return picture
+
+
+def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int = TILE + GAP) -> str:
+    """`text`, its end cut off where it is wider than `width` pixels."""
+    while font.getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text

@@ -1,0 +1,166 @@
+"""A run of an approach, from its hyperparameters to its result file."""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from PIL import Image
+
+from common.config import RunConfig, apply_overrides, hyperparameters
+from common.data.photos import FileConsumer, Photos
+from common.data.sources import locate_photos
+from common.data.split import describe, fingerprint, load_split
+from common.data.synthetic import is_synthetic
+from common.device import choose_device
+from common.models.checkpoint import Checkpoint
+from common.models.decoded import DecodedPhotos
+from common.models.embedder import Embedder
+from common.models.preprocessing import Preprocessing
+from common.report.environment import current_commit, describe_environment, peak_memory
+from common.report.pictures import draw_evaluation
+from common.report.result_file import SCHEMA, neighbours_csv, summary, to_json
+from common.retrieval.protocol import Evaluation, evaluate, raw_pixel_embedder
+from common.storage import atomic_write
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+@dataclass
+class Run(Generic[ConfigT]):
+    """What every approach does alike; `begin` starts one."""
+
+    approach: str  # the name of the script without .py
+    config: ConfigT
+    folder: Path  # of the photos
+    device: torch.device
+    cache: Path | None
+    raw_pixels: Embedder  # the baseline
+    commit: str | None  # of the code as it started
+    started: float  # time.perf_counter
+
+    @classmethod
+    def begin(cls, approach: str, config: ConfigT, synthetic_overrides: Mapping[str, tuple[Any, Any]]) -> "Run":
+        """Finds the photos, seeds torch and chooses the device.
+
+        On synthetic images {field: (default, override)} replaces defaults, so that a run ends in minutes. Raises
+        `UserError`.
+        """
+        started, commit = time.perf_counter(), current_commit()
+        device = choose_device(config.device)
+        folder = locate_photos(config.data)
+        if is_synthetic(folder):
+            config = apply_overrides(config, synthetic_overrides)
+        torch.manual_seed(config.seed)  # for initial weights; all else that is random has a generator of its own
+        cache = None if config.cache == "none" else Path(config.cache)
+        return cls(approach, config, folder, device, cache, raw_pixel_embedder(cache), commit, started)
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the photos are synthetic images, for which untrained weights will do."""
+        return is_synthetic(self.folder)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Of this approach's checkpoint."""
+        return Path(self.config.results) / f"{self.approach}.pt"
+
+    def load_photos(self, *consumers: FileConsumer) -> tuple[Photos, Photos]:
+        """Gallery and queries. Each file is read once, and handed to the consumers and to the baseline."""
+        config = self.config
+        everyone = (*consumers, self.raw_pixels)
+        gallery, queries = load_split(self.folder, config.queries, config.split, config.seed, everyone)
+        Path(config.results).mkdir(parents=True, exist_ok=True)  # better to fail now than after training
+        return gallery, queries
+
+    def new_checkpoint(self, photos: Photos, preprocessing: Preprocessing, model: dict[str, str]) -> Checkpoint:
+        """Of this run, without state. `photos` are those to train on; `model` holds "backbone" and "weights"."""
+        return Checkpoint(
+            approach=self.approach,
+            config=hyperparameters(self.config),
+            model=model,
+            preprocessing=preprocessing.to_dict(),
+            photos=fingerprint(photos),
+            folder=str(self.folder.resolve()),
+            queries=str(Path(self.config.queries).resolve()) if self.config.queries else "",
+        )
+
+    def embedder(self, network: torch.nn.Module, decoded: DecodedPhotos) -> Embedder:
+        """`network` on this run's device, with its cache; it takes pixels from `decoded`."""
+        batch_size = self.config.embed_batch_size
+        return Embedder(network, decoded.preprocessing, self.device, batch_size, self.cache, decoded)
+
+    def evaluate(self, embedder: Embedder, gallery: Photos, queries: Photos) -> Evaluation:
+        """By the protocol that all approaches share."""
+        return evaluate(embedder, self.raw_pixels, gallery, queries, self.config.seed)
+
+    def report(
+        self,
+        embedder: Embedder,
+        model: dict[str, str],
+        gallery: Photos,
+        queries: Photos,
+        evaluation: Evaluation,
+        history: list[dict],
+        extra: dict[str, Any] | None = None,
+        pictures: dict[str, Image.Image] | None = None,
+    ) -> Path:
+        """Writes `<approach>.json`, `.neighbours.csv` and `.png` into `config.results`, all or none; prints a summary.
+
+        `model` holds "backbone" and "weights"; `extra` what the approach adds to the result file; `pictures` are
+        written as `<approach>.<name>.png`. Returns the path of the result file.
+        """
+        result = self._result(embedder, model, gallery, queries, evaluation, history) | (extra or {})
+        path = self.checkpoint_path.with_suffix(".json")
+        first = evaluation.metrics["precision@1"]["value"]
+        subheading = f"{model['backbone']}, weights {model['weights']}  |  {gallery.name}  |  precision@1 {first:.3f}"
+        picture = draw_evaluation(self.approach, subheading, gallery, queries, evaluation)
+        texts = {".json": to_json(result), ".neighbours.csv": neighbours_csv(gallery, queries, evaluation)}
+        images = {".png": picture, **{f".{name}.png": image for name, image in (pictures or {}).items()}}
+        with ExitStack() as stack:  # renamed together at the end, the result file last
+            suffixes = (*texts, *images)
+            files = {suffix: stack.enter_context(atomic_write(path.with_suffix(suffix))) for suffix in suffixes}
+            for suffix, text in texts.items():
+                files[suffix].write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+            for suffix, image in images.items():
+                image.save(files[suffix], "PNG")
+        print(summary(result))
+        print(f"\nwritten: {path} and, beside it, .neighbours.csv and .png")
+        return path
+
+    def _result(
+        self,
+        embedder: Embedder,
+        model: dict[str, str],
+        gallery: Photos,
+        queries: Photos,
+        evaluation: Evaluation,
+        history: list[dict],
+    ) -> dict[str, Any]:
+        """What every result file holds."""
+        return {
+            "schema": SCHEMA,
+            "approach": self.approach,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "config": hyperparameters(self.config),
+            "dataset": {**describe(gallery, queries), "synthetic": self.is_synthetic},
+            "model": {
+                **model,
+                "parameters": sum(parameter.numel() for parameter in embedder.network.parameters()),
+                "embedding_dim": embedder.dim,
+            },
+            "metrics": evaluation.metrics,
+            "baselines": evaluation.baselines,
+            "timing": {
+                "train_seconds": sum(epoch["seconds"] for epoch in history),
+                **evaluation.timing,
+                "total_seconds": time.perf_counter() - self.started,
+                **peak_memory(embedder.device),
+            },
+            "history": history,
+            "environment": describe_environment(embedder.device, embedder.precision, self.commit),
+        }

@@ -1,0 +1,162 @@
+"""Search by the network of a checkpoint: a photo in, its neighbours in a gallery out."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from common.config import UserError
+from common.data.folders import find_photos
+from common.data.photos import Photos, hash_content, load_library
+from common.data.split import split_photos
+from common.data.web import fetch_photo
+from common.device import choose_device
+from common.models.checkpoint import Checkpoint
+from common.models.embedder import Embedder
+from common.models.preprocessing import Preprocessing
+from common.retrieval.exact import CosineKNN
+
+PREFERRED = ("siamese", "autoencoder", "cnn_feature_extraction")  # the order in which trained approaches are listed
+
+
+class Region(NamedTuple):
+    """A part of a photo: fractions of its width and height, in [0, 1]."""
+
+    left: float = 0.0
+    top: float = 0.0
+    right: float = 1.0
+    bottom: float = 1.0
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """That part of the image, at least one pixel."""
+        left, top = round(self.left * image.width), round(self.top * image.height)
+        right, bottom = round(self.right * image.width), round(self.bottom * image.height)
+        return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+WHOLE = Region()
+
+
+@dataclass
+class SearchResult:
+    """The nearest gallery photos of a query."""
+
+    image: Image.Image  # what was searched with: the photo or the region of it
+    indices: list[int]  # of gallery photos, nearest first
+    similarities: list[float]  # cosines
+    exact_duplicates: list[int]  # gallery indices of the very same file, which are left out
+    milliseconds: dict[str, float]  # of "decode", "network" and "search"
+
+
+@dataclass
+class SearchEngine:
+    """An approach's network with the photos that it searches."""
+
+    approach: str
+    embedder: Embedder
+    gallery: Photos
+    knn: CosineKNN
+
+    def search(self, data: bytes, k: int, region: Region = WHOLE) -> SearchResult:
+        """The k nearest photos, or as many as there are, of the photo in a file; the same file is left out.
+
+        `region` is the part of the photo to search with. Raises `UnreadablePhotoError`.
+        """
+        started = time.perf_counter()
+        image = self.embedder.preprocessing.decode(data, min(region.right - region.left, region.bottom - region.top))
+        if region != WHOLE:
+            image = region.crop(image)
+        decoded = time.perf_counter()
+        embedding = self.embedder.embed_images([image])
+        embedded = time.perf_counter()
+        duplicates = np.flatnonzero(self.gallery.sha256 == hash_content(data))
+        similarities, indices = self.knn.search(embedding, min(k + len(duplicates), len(self.gallery)))
+        others = ~np.isin(indices[0], duplicates)
+        times = np.diff([started, decoded, embedded, time.perf_counter()]) * 1000
+        return SearchResult(
+            image=image,
+            indices=indices[0, others][:k].tolist(),
+            similarities=similarities[0, others][:k].tolist(),
+            exact_duplicates=duplicates.tolist(),
+            milliseconds=dict(zip(("decode", "network", "search"), times.tolist(), strict=True)),
+        )
+
+    def thumbnail(self, index: int, size: int) -> Image.Image:
+        """A gallery photo, at most `size` pixels wide and high; raises `UserError` if its file has changed."""
+        image = self.embedder.preprocessing.decode(self.gallery.read(index))
+        image.thumbnail((size, size))
+        return image
+
+
+def trained_approaches(results: Path) -> list[str]:
+    """Those that have left a checkpoint in `results`, `PREFERRED` first; raises `UserError` if none has."""
+    names = {path.stem for path in results.glob("*.pt") if path.stem.isidentifier()}
+    if not names:
+        raise UserError(f"there is no checkpoint in {results}: train an approach first, with python siamese.py")
+    return [name for name in PREFERRED if name in names] + sorted(names - set(PREFERRED))
+
+
+def load_embedder(
+    approach: str, import_script: Callable[[str], ModuleType], results: Path, cache: Path | None, device: str
+) -> tuple[Embedder, Checkpoint]:
+    """The network in the checkpoint that an approach left in `results`, and the checkpoint.
+
+    `import_script(approach)` is the approach's script, whose `from_checkpoint(checkpoint)` rebuilds the network: it is
+    passed in, since nothing here knows the scripts. Raises `UserError`.
+    """
+    path = results / f"{approach}.pt"
+    if not path.exists():
+        alternatives = " or ".join(trained_approaches(results))
+        raise UserError(f"there is no {path}: run python {approach}.py first, or choose --approach {alternatives}")
+    checkpoint = Checkpoint.load(path)
+    try:
+        network = import_script(approach).from_checkpoint(checkpoint)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} was written by {approach}.py, which is missing: put it beside search.py") from error
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} does not fit {approach}.py as it is now: train again") from error
+    preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+    return Embedder(network, preprocessing, choose_device(device), cache=cache), checkpoint
+
+
+def load_engine(
+    approach: str,
+    import_script: Callable[[str], ModuleType],
+    results: Path,
+    index: str,
+    cache: Path | None,
+    device: str,
+) -> SearchEngine:
+    """The approach's network with the gallery it was trained on, or with the photos in the folder `index`.
+
+    Photos that the cache doesn't know are embedded, with a progress bar. See `load_embedder`. Raises `UserError`.
+    """
+    embedder, checkpoint = load_embedder(approach, import_script, results, cache, device)
+    folder = Path(index or checkpoint.folder)
+    if not index and not folder.is_dir():
+        raise UserError(f"the gallery of {approach}.py, {folder}, is gone: name a folder to search with --index")
+    gallery = load_library(folder, [embedder], cache, "embedding the gallery")
+    if not index and not checkpoint.queries:
+        gallery, _ = split_photos(gallery, checkpoint.config["seed"], "test")
+    return SearchEngine(approach, embedder, gallery, CosineKNN(embedder.embed_photos(gallery)))
+
+
+def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserError]]:
+    """Name and content of each photo that is meant by a path, a folder or a web address; or why it can't be read."""
+    for name in names:
+        paths = [str(Path(name) / path) for path, _ in find_photos(Path(name))] if Path(name).is_dir() else [name]
+        if not paths:
+            yield name, UserError("this folder holds no photo")
+        for path in paths:
+            try:
+                is_address = path.startswith(("http://", "https://"))
+                yield path, fetch_photo(path) if is_address else Path(path).read_bytes()
+            except OSError as error:
+                yield path, UserError(f"{error.strerror}: name a photo, a folder of photos or an http(s) address")
+            except UserError as error:
+                yield path, error
