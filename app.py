@@ -121,7 +121,8 @@ def edges_around(point: tuple[int, int], size: tuple[int, int]) -> list[int]:
 
 def search_handler(engines: dict[str, SearchEngine], gradio: ModuleType) -> Callable[..., list]:
     """The function behind the page: photo and choices -> status, query region, for each approach its column, text and
-    results, and the indices of the results."""
+    results, and the indices of the results.
+    """
 
     def handle(path: str | None, choice: str, k: float, *edges: float) -> list:
         nothing = [gradio.update(visible=False), *([gradio.update(visible=False), "", None] * len(engines)), {}]

@@ -55,7 +55,9 @@ class Config(RunConfig):
     backbone: str = "resnet18"  # whose features are to be matched: any classification network of torchvision
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the backbone's last feature maps; 1: average
-    image_size: int = 96  # pixels, square, of a photo to be embedded and of its reconstruction; a multiple of 16
+    image_size: Annotated[int, Range(0, 4096)] = (
+        96  # pixels, square, of a photo and its reconstruction; a multiple of 16
+    )
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     width: Annotated[int, Range(1, 1024)] = 32  # channels of the encoder's first layer; each stage has twice as many
     embedding_dim: Annotated[int, Range(1, 65_536)] = 512  # of the bottleneck; principal components of the features
@@ -66,9 +68,9 @@ class Config(RunConfig):
     whitening: Annotated[float, Range(0, 1)] = 0.25  # of the principal components; 0: none, 1: all have equal variance
 
     # Training
-    view_size: int = 64  # pixels, square, of a view, at most image_size; less is faster and suits crops; 0: image_size
+    view_size: Annotated[int, Range(0, 4096)] = 64  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: int = 30  # times that each photo is seen
+    epochs: Annotated[int, Range(0, 100_000)] = 30  # times that each photo is seen
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step
     learning_rate: Annotated[float, Range(1e-9, 10)] = 2e-3  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 0.05  # of AdamW
@@ -152,7 +154,8 @@ def reconstruct(
     network: nn.Module, decoded: DecodedPhotos, queries: Photos, device: torch.device
 ) -> tuple[dict[str, float], Image.Image]:
     """Reconstructs the queries: mean squared error (of values in [0, 1]), mean PSNR (dB), and a picture of some, the
-    originals above."""
+    originals above.
+    """
     preprocessing = decoded.preprocessing
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
     shown = set(np.linspace(0, len(queries) - 1, NUM_SHOWN).astype(int).tolist())

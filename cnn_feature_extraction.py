@@ -46,7 +46,7 @@ class Config(RunConfig):
     # Network
     backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
-    image_size: int = 0  # pixels, square; 0: what the weights were trained with
+    image_size: Annotated[int, Range(0, 4096)] = 0  # pixels, square; 0: what the weights were trained with
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
 
@@ -56,9 +56,9 @@ class Config(RunConfig):
     temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one focuses on the most similar photos
 
     # Training
-    view_size: int = 160  # pixels, square, of a view, at most image_size; less is faster and suits crops; 0: image_size
+    view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: int = 1  # times that each photo is seen; 0: the features stay as pre-trained
+    epochs: Annotated[int, Range(0, 100_000)] = 1  # times that each photo is seen; 0: the features stay as pre-trained
     batch_size: Annotated[int, Range(2, 65_536)] = 32  # photos per step
     learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW

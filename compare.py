@@ -24,7 +24,7 @@ from common.data.split import load_split
 from common.report.maps import draw_map
 from common.report.pictures import COLOURS
 from common.report.plots import load_pyplot
-from common.report.result_file import SCHEMA
+from common.report.result_file import READABLE_SCHEMAS
 from common.retrieval.engine import load_embedder, trained_approaches
 from common.retrieval.protocol import KS, RAW_PIXELS, raw_pixel_embedder
 from common.storage import atomic_write
@@ -60,10 +60,10 @@ def read_results(config: Config) -> dict[str, Result]:
             raise UserError(f"{path} holds no JSON ({error}): remove it, or name the files to compare") from error
         if isinstance(result, dict) and "benchmark" in result:
             continue
-        if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-            found = result.get("schema") if isinstance(result, dict) else None
+        schema = result.get("schema") if isinstance(result, dict) else None
+        if schema not in READABLE_SCHEMAS:
             raise UserError(
-                f"{path} is not a result file of schema {SCHEMA} (its schema is {found!r}): run its script again"
+                f"{path} is not a result file of this version (its schema is {schema!r}): run its script again"
             )
         if path.stem in results:
             raise UserError(f"two files are called {path.name}: rename one, as the table goes by names")
@@ -107,7 +107,7 @@ def machines(results: dict[str, Result]) -> list[str]:
 def remarks(result: Result) -> str:
     """What a reader must know of a result: synthetic images, untrained weights."""
     notes = []
-    if result["dataset"]["synthetic"]:
+    if result["dataset"].get("synthetic", "drawn sample" in result["dataset"]["name"]):  # schema 1 has the name alone
         notes.append("synthetic images")
     if "untrained" in result["model"]["weights"]:
         notes.append("untrained weights")

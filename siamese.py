@@ -49,7 +49,9 @@ class Config(RunConfig):
     # Network
     backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
-    image_size: int = 224  # pixels, square, of a photo to be embedded; 0: what the weights were trained with
+    image_size: Annotated[int, Range(0, 4096)] = (
+        224  # pixels, square, of a photo; 0: what the weights were trained with
+    )
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     embedding_dim: Annotated[int, Range(1, 65_536)] = 256  # of the linear projection
@@ -62,15 +64,14 @@ class Config(RunConfig):
     temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one focuses on the most similar photos
 
     # Training
-    view_size: int = 160  # pixels, square, of a view, at most image_size; less is faster and suits crops; 0: image_size
+    view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: int = 7  # times that each photo is seen
+    epochs: Annotated[int, Range(0, 100_000)] = 7  # times that each photo is seen
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step; the loss is over every pair of them
     learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for margins that contradict each other."""
         if self.positive_margin > self.negative_margin:
             raise UserError(f"positive_margin {self.positive_margin} is above negative_margin: lower it")
 
@@ -126,8 +127,8 @@ def contrastive_loss(
 class ClassPairSampler:
     """Photos of a class in pairs, so that each has a positive in its batch however many classes there are.
 
-    The one photo that a class of odd size leaves over is paired with one of another class; all pairs are shuffled, so
-    that no batch consists of such photos. Pairs stay in one batch where the batch size is even.
+    A photo that a class of odd size leaves over is paired with one of another class. All pairs are shuffled together,
+    so that such photos don't gather in the last batches; a pair stays in one batch if the batch size is even.
     """
 
     def __init__(self, labels: np.ndarray) -> None:
@@ -189,11 +190,10 @@ def main(config: Config) -> Path:
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = {"backbone": config.backbone, "weights": backbone.weights}
     history = train_on_pairs(run, network, train_photos, decoded, model)
-
     embedder = run.embedder(network, decoded)
     evaluation = run.evaluate(embedder, gallery, queries)
-    verification = {"verification": verify(embedder, validation, queries)}
-    return run.report(embedder, model, gallery, queries, evaluation, history, verification)
+    extra = {"verification": verify(embedder, validation, queries)}
+    return run.report(embedder, model, gallery, queries, evaluation, history, extra)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""How fast do photos on disk become embeddings?  python benchmarks/embedding.py --data FOLDER
+"""How fast are photos on disk embedded?  python -m benchmarks.embedding --data FOLDER
 
-Ours against what a user would pick instead, on the same photos, in turns in one run, for three networks:
+Ours, in the device's fast precision, against what a user would pick instead, on the same photos, interleaved in one
+run, for three networks:
 
 - plain_loop: a PyTorch DataLoader with a worker per core, torchvision's own transforms, float32, batches of 64
-- one_at_a_time: the same without a loader, photo by photo, as small "image to vector" packages do it
+- one_at_a_time: the same without a loader, photo by photo, as small "image to vector" packages do
 - onnx_runtime: the same DataLoader, and the network in ONNX Runtime, float32
 - limit: decoding alone and the network alone, each with all cores, one after the other; on a GPU the slower of the two
 
-All sides are warm: networks are loaded and workers have started. A ratio above 1 says that ours is faster.
+All contenders are warm: networks are loaded and workers have started. A ratio above 1 means that ours is faster.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,17 +25,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
-from common.config import run
-from common.data.photos import Photos, load_photos, locate_photos
-from common.device import choose_device, choose_precision, one_thread_each
+from common.config import Range, run_script
+from common.data.photos import Photos, load_photos
+from common.data.sources import locate_photos
+from common.device import choose_device, choose_precision, limit_torch_threads
 from common.extras import require
 from common.models.backbones import load_backbone
+from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
-from common.storage import parallel_map
+from common.parallel import parallel_map
 
-NETWORKS = {"squeezenet1_1": 1, "resnet18": 2, "resnet50": 4}  # the slower take the n-th part of the photos
+NETWORKS = {"squeezenet1_1": 1, "resnet18": 2, "resnet50": 4}  # the photos are divided by this for slower networks
 BATCH = 64  # photos, of the plain loop
 
 
@@ -42,16 +44,15 @@ BATCH = 64  # photos, of the plain loop
 class Config:
     """What is measured. Edit it here, or override one field: --photos 500"""
 
-    data: str = "auto"  # a folder of photos, "sample" (drawn here), or "auto": data/ if it holds photos
+    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
     results: str = "results"  # folder of the result file
-    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is
-    cache: str = "data/.cache"  # a folder that keeps what was found out about the photos for the next run
-    photos: int = 512  # how many each side embeds in a turn with the fastest network
-    turns: int = 3  # of each side, after one to warm up
+    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
+    photos: Annotated[int, Range(1, 1e6)] = 512  # embedded in a round by each contender with the fastest network
+    repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
 
 
 class PlainDataset(Dataset):
-    """Photos by path, as a tutorial would read them."""
+    """Photos by path, read as in a tutorial."""
 
     def __init__(self, paths: list[Path], transform: object):
         self.paths = paths
@@ -102,64 +103,64 @@ def embed_with_onnx(session: object, loader: DataLoader) -> np.ndarray:
 
 def decode_alone(embedder: Embedder, photos: Photos) -> list[np.ndarray]:
     """uint8 [S, S, 3] of each photo, on all cores."""
-    return list(
-        parallel_map(lambda at: embedder.preprocessing.square(embedder.image_at(photos, at)), range(len(photos)))
-    )
+    load = DecodedPhotos(embedder.preprocessing, None).load
+    return [image for (image,) in parallel_map(lambda index: load(photos, np.array([index])), range(len(photos)))]
 
 
-def network_alone(embedder: Embedder, squares: list[np.ndarray]) -> np.ndarray:
-    """float32 [N, D] of ready squares, on all cores."""
-    batches = [np.stack(squares[at : at + embedder.batch_size]) for at in range(0, len(squares), embedder.batch_size)]
-    with one_thread_each() as threads:
-        return np.concatenate(list(parallel_map(embedder.embed_squares, batches, ahead=threads)))
+def network_alone(embedder: Embedder, images: list[np.ndarray]) -> np.ndarray:
+    """float32 [N, D] of decoded photos, on all cores."""
+    starts = range(0, len(images), embedder.batch_size)
+    batches = [np.stack(images[start : start + embedder.batch_size]) for start in starts]
+    with limit_torch_threads() as threads:
+        return np.concatenate(list(parallel_map(embedder.embed_batch, batches, prefetch=threads)))
 
 
 def ours(embedder: Embedder, photos: Photos) -> np.ndarray:
-    """float32 [N, D]: as every script of this repository embeds photos that aren't in its cache."""
-    batches = embedder.stream(partial(embedder.image_at, photos), np.arange(len(photos)))
+    """float32 [N, D]: as every script of this repository embeds photos that are not in its cache."""
+    load = partial(DecodedPhotos(embedder.preprocessing, None).load, photos)
+    batches = embedder.stream(load, np.arange(len(photos)))
     return np.concatenate([embeddings for _, embeddings in batches])
 
 
 def compare(name: str, photos: Photos, config: Config) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each side in each turn, and the lowest cosine between our embeddings and the plain loop's."""
+    """Seconds of each contender in each round, and the lowest cosine between our embeddings and the plain loop's."""
     device = choose_device(config.device)
     torch.manual_seed(0)
-    network, preprocessing, _ = load_backbone(name, "none")
-    plain = load_backbone(name, "none")[0].to(device)
+    network, preprocessing, *_ = load_backbone(name, "none")
+    plain = load_backbone(name, "none").network.to(device)
     plain.load_state_dict(network.state_dict())
-    embedder = Embedder(network, preprocessing, device, batch_size=0)
+    embedder = Embedder(network, preprocessing, device)
     transform = models.get_model_weights(name).DEFAULT.transforms()
-    dataset = PlainDataset([photos.folder / path for path in photos.paths], transform)
+    dataset = PlainDataset([photos.path(index) for index in range(len(photos))], transform)
     loader = DataLoader(dataset, BATCH, num_workers=torch.get_num_threads(), persistent_workers=True)
-    squares = decode_alone(embedder, photos)
+    images = decode_alone(embedder, photos)
     with onnx_session(plain.cpu(), preprocessing.crop) as session:
         plain.to(device)
-        sides = {
+        contenders = {
             "ours": lambda: ours(embedder, photos),
             "plain_loop": lambda: embed_plainly(plain, loader, device),
             "one_at_a_time": lambda: embed_one_at_a_time(plain, dataset, device),
             "onnx_runtime": lambda: embed_with_onnx(session, loader),
             "decode_alone": lambda: decode_alone(embedder, photos),
-            "network_alone": lambda: network_alone(embedder, squares),
+            "network_alone": lambda: network_alone(embedder, images),
         }
-        cosine = float((sides["ours"]() * sides["plain_loop"]()).sum(axis=1).min())
+        cosine = float((contenders["ours"]() * contenders["plain_loop"]()).sum(axis=1).min())
         print(f"ONNX Runtime runs {name} on {session.get_providers()[0]}")
-        return measure.in_turns(sides, config.turns, name), cosine
+        return measure.interleaved(contenders, config.repeats, name), cosine
 
 
 def main(config: Config) -> None:
-    """Measures all networks and writes `benchmark_embedding.json`."""
-    measure.positive(config, "turns", "photos")
+    """Measures all networks; writes `benchmark_embedding.json`."""
     device = choose_device(config.device)
-    everything = load_photos(locate_photos(config.data), Path(config.cache))
+    everything = load_photos(locate_photos(config.data))
     ratios, seconds, cosines, counts = {}, {}, {}, {}
-    for name, part in NETWORKS.items():
-        counts[name] = min(len(everything), max(1, config.photos // part))
+    for name, divisor in NETWORKS.items():
+        counts[name] = min(len(everything), max(1, config.photos // divisor))
         photos = everything.subset(np.linspace(0, len(everything) - 1, counts[name]).astype(int))
         seconds[name], cosines[name] = compare(name, photos, config)
         alone = zip(seconds[name]["decode_alone"], seconds[name]["network_alone"], strict=True)
         limit = [decode + network if device.type == "cpu" else max(decode, network) for decode, network in alone]
-        rivals = {side: each for side, each in seconds[name].items() if not side.endswith("_alone")}
+        rivals = {rival: each for rival, each in seconds[name].items() if not rival.endswith("_alone")}
         ratios |= measure.ratios({**rivals, "limit": limit}, f"_{name}")
     measure.write(
         "embedding",
@@ -173,4 +174,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides timed in turns, ratios with their spread, the result file and its picture."""
+"""What the benchmarks share: interleaved timing, ratios with their spread, the result file and its picture."""
 
 import statistics
 import time
@@ -9,31 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import UserError
-from common.data.photos import Photos, is_drawn, load_photos, locate_photos
+from common.config import UserError, hyperparameters
+from common.data.photos import Photos, load_photos
+from common.data.sources import locate_photos
+from common.data.synthetic import is_synthetic
 from common.device import choose_device
-from common.extras import figures
 from common.models.backbones import load_backbone
 from common.models.embedder import Embedder
-from common.report.result import environment, write_json
-from common.retrieval.exact import normalise
-from common.storage import written_whole
+from common.report.environment import current_commit, describe_environment
+from common.report.plots import load_pyplot
+from common.report.result_file import write_json
+from common.retrieval.exact import normalize
+from common.storage import atomic_write
 
-PAUSE = 0.2  # seconds before each side, in which the threads of the one before go to sleep
-NOISE = 0.5  # length of what is added to a unit vector to make another one
+PAUSE = 0.2  # seconds before each contender, in which the threads of the one before go to sleep
+NOISE = 0.5  # length of the noise added to a unit vector to make another one
 
-Side = Callable[[], object]  # a float that it returns is the seconds it took, without its start
+Contender = Callable[[], object]  # may return the seconds it took, without its preparation
 Ratio = dict[str, float]  # "median", "low", "high"
 
 
-def positive(config: Any, *names: str) -> None:
-    """Raises `UserError` where one of these fields is 0."""
-    for name in names:
-        if not getattr(config, name):
-            raise UserError(f"{name} is 0: it needs to be 1 or more")
-
-
-def whole_numbers(text: str) -> list[int]:
+def gallery_sizes(text: str) -> list[int]:
     """The sizes of galleries in a text such as "1000 20000", ascending; raises `UserError`."""
     try:
         numbers = sorted({int(word) for word in text.replace(",", " ").split()})
@@ -44,19 +40,22 @@ def whole_numbers(text: str) -> list[int]:
     return numbers
 
 
-def in_turns(sides: dict[str, Side], turns: int, label: str) -> dict[str, list[float]]:
-    """Seconds of each side in each turn, after a turn to warm up. In turns, so that whatever else the machine does
-    meets all sides alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(turns + 1):
-        for name, side in sides.items():
+def interleaved(contenders: dict[str, Contender], repeats: int, label: str) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after a round to warm up.
+
+    Contenders take turns within a round, so that whatever else the machine does affects all of them equally.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(repeats + 1):
+        for name, contender in contenders.items():
             time.sleep(PAUSE)
             started = time.perf_counter()
-            told = side()
-            if turn:
-                seconds[name].append(told if isinstance(told, float) else time.perf_counter() - started)
-        if turn:
-            print(f"{label}, turn {turn}: " + ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items()))
+            returned = contender()
+            if number:
+                seconds[name].append(returned if isinstance(returned, float) else time.perf_counter() - started)
+        if number:
+            latest = ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items())
+            print(f"{label}, round {number} of {repeats}: {latest}")
     return seconds
 
 
@@ -66,7 +65,7 @@ def spread(values: list[float]) -> Ratio:
 
 
 def ratios(seconds: dict[str, list[float]], suffix: str = "") -> dict[str, Ratio]:
-    """How many times as long each other side took as "ours" in the same turn: {"faiss" + suffix: ...}."""
+    """How many times as long each other contender took as "ours" in the same round: {"faiss" + suffix: ...}."""
     return {
         name + suffix: spread([one / ours for one, ours in zip(each, seconds["ours"], strict=True)])
         for name, each in seconds.items()
@@ -75,38 +74,39 @@ def ratios(seconds: dict[str, list[float]], suffix: str = "") -> dict[str, Ratio
 
 
 def load(config: Any) -> tuple[Embedder, Photos]:
-    """The photos of a benchmark, and a network to embed them as cnn_feature_extraction.py does before it learns."""
-    photos = load_photos(locate_photos(config.data), Path(config.cache))
-    network, preprocessing, _ = load_backbone(
-        config.backbone, config.weights, 224, 3.0, whole_photo=True, untrained_if_missing=is_drawn(photos.folder)
+    """The photos of a benchmark, embedded as cnn_feature_extraction.py does before fine-tuning, and the embedder."""
+    folder = locate_photos(config.data)
+    network, preprocessing, *_ = load_backbone(
+        config.backbone, config.weights, 224, 3.0, whole_photo=True, untrained_if_missing=is_synthetic(folder)
     )
-    return Embedder(network, preprocessing, choose_device(config.device), batch_size=0), photos
+    embedder = Embedder(network, preprocessing, choose_device(config.device), cache=Path(config.cache))
+    return embedder, load_photos(folder, [embedder], "embedding the photos")
 
 
 def require_queries(photos: Photos) -> None:
-    """Raises `UserError` for a folder of which a tenth is no photo."""
+    """Raises `UserError` for a folder too small to hold a tenth out."""
     if len(photos) < 10:
         raise UserError(f"{photos.folder} holds {len(photos)} photos: a benchmark needs 10 or more")
 
 
 def real_embeddings(config: Any, queries: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Embeddings of the photos, shuffled and cut: gallery [N, D], queries [Q, D], and the data set's name."""
+    """Embeddings of the photos, shuffled and split: gallery [N, D], queries [Q, D], and the data set's name."""
     embedder, photos = load(config)
     require_queries(photos)
-    embeddings = embedder.embed_photos(photos, Path(config.cache), "embedding the photos")
+    embeddings = embedder.embed_photos(photos)
     embeddings = embeddings[np.random.default_rng(0).permutation(len(embeddings))]
     queries = min(queries, len(embeddings) // 10)
     return embeddings[queries:], embeddings[:queries], photos.name
 
 
 def gallery_of(size: int, embeddings: np.ndarray) -> np.ndarray:
-    """float32 [size, D], unit vectors: the real ones, and beyond them real ones that noise has turned a little."""
+    """float32 [size, D], unit vectors: the real ones and, beyond their number, real ones with a little noise."""
     rng = np.random.default_rng(1)
     pieces = [embeddings[:size]]
     for start in range(len(embeddings), size, 100_000):
         some = embeddings[rng.integers(len(embeddings), size=min(100_000, size - start))]
         noise = rng.standard_normal(some.shape, np.float32) * np.float32(NOISE / np.sqrt(some.shape[1]))
-        pieces.append(normalise(some + noise))
+        pieces.append(normalize(some + noise))
     return np.concatenate(pieces)
 
 
@@ -122,20 +122,21 @@ def write(
 ) -> None:
     """Writes `benchmark_<name>.json` and .png into `config.results`, and prints the ratios.
 
-    `measured` holds the raw figures, by names with units; `draw` makes the picture, one of the ratios unless given.
+    `measured` holds the raw figures, by names with units; `draw` makes the picture, by default one of the ratios.
     """
     for ratio, values in found.items():
         print(f"{ratio:32} {values['median']:8.2f}   ({values['low']:.2f} to {values['high']:.2f})")
-    result = {"schema": 1, "benchmark": name, "config": vars(config), "dataset": dataset, "ratios": found, **measured}
+    result = {"schema": 1, "benchmark": name, "config": hyperparameters(config), "dataset": dataset, "ratios": found}
+    result |= {**measured, "environment": describe_environment(device, precision, current_commit())}
     path = Path(config.results) / f"benchmark_{name}.json"
-    with written_whole(path.with_suffix(".png")) as temporary:
+    with atomic_write(path.with_suffix(".png")) as temporary:
         (draw or (lambda file: draw_ratios(file, name, found)))(temporary)
-    print(f"written: {write_json(path, {**result, 'environment': environment(device, precision)})} and .png")
+    print(f"written: {write_json(path, result)} and .png")
 
 
 def draw_ratios(path: Path, title: str, found: dict[str, Ratio]) -> None:
-    """A row for each ratio: its median and its range, on a logarithmic scale with a line at 1."""
-    pyplot = figures()
+    """A row for each ratio: its median and range, on a logarithmic scale with a line at 1."""
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.32 * len(found)), layout="constrained")
     for row, values in enumerate(found.values()):
         axes.plot([values["low"], values["high"]], [row, row], color="#9aa5b1", linewidth=5, solid_capstyle="round")
@@ -156,7 +157,7 @@ def draw_ratios(path: Path, title: str, found: dict[str, Ratio]) -> None:
     axes.set_ylim(len(found) - 0.4, -0.7)
     axes.grid(axis="x", color="#e3e7eb")
     axes.set_axisbelow(True)
-    axes.set_xlabel("times as fast as ... (limit: share of the limit reached)")
+    axes.set_xlabel("times as fast as ... (limit: fraction of the limit reached)")
     axes.set_title(f"benchmark: {title.replace('_', ' ')}", loc="left")
     figure.savefig(path, format="png", dpi=120)
     pyplot.close(figure)

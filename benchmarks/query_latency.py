@@ -1,21 +1,20 @@
-"""How long does one question take?  python benchmarks/query_latency.py --data FOLDER --weights FILE
+"""How long does one query take?  python -m benchmarks.query_latency --data FOLDER --weights FILE
 
 From the bytes of a photo's file to its five neighbours, one photo at a time, against the sum of the parts measured
-alone: decoding, the network, the search. The ratio `limit` is that sum's share of the whole.
+alone: decoding, the network, the search. The ratio `limit` is that sum as a fraction of the whole.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
-from common.config import run
-from common.extras import figures
+from common.config import Range, run_script
+from common.report.plots import load_pyplot
 from common.retrieval.exact import CosineKNN
 
 WARM_UP = 10  # queries before each measurement
@@ -23,38 +22,37 @@ WARM_UP = 10  # queries before each measurement
 
 @dataclass
 class Config:
-    """What is measured. Edit it here, or override one field: --turns 3"""
+    """What is measured. Edit it here, or override one field: --repeats 3"""
 
-    data: str = "auto"  # a folder of photos, "sample" (drawn here), or "auto": data/ if it holds photos
+    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
     results: str = "results"  # folder of the result file
     backbone: str = "squeezenet1_1"  # any classification network of torchvision
     weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
-    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is
+    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
     cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run
-    queries: int = 200  # in a turn
-    turns: int = 5  # of the whole and of each part
+    queries: Annotated[int, Range(1, 1e6)] = 200  # in a round
+    repeats: Annotated[int, Range(1, 1000)] = 5  # of the whole and of each part
 
 
 def milliseconds(function: Callable[[int], object], queries: int) -> np.ndarray:
-    """float64 [queries]: what each call took, after `WARM_UP` others."""
-    taken = []
+    """float64 [queries]: how long each call took, after `WARM_UP` others."""
+    durations = []
     for query in range(-WARM_UP, queries):
         started = time.perf_counter()
         function(query)
-        taken.append(1000 * (time.perf_counter() - started))
-    return np.array(taken[WARM_UP:])
+        durations.append(1000 * (time.perf_counter() - started))
+    return np.array(durations[WARM_UP:])
 
 
 def main(config: Config) -> None:
-    """Measures the whole and its parts in turns and writes `benchmark_query_latency.json`."""
-    measure.positive(config, "turns", "queries")
+    """Measures the whole and its parts, interleaved; writes `benchmark_query_latency.json`."""
     embedder, photos = measure.load(config)
     measure.require_queries(photos)
-    asking = np.linspace(0, len(photos) - 1, min(config.queries, len(photos) // 10)).astype(int)
-    gallery = photos.subset(np.setdiff1d(np.arange(len(photos)), asking))
-    knn = CosineKNN(embedder.embed_photos(gallery, Path(config.cache), "embedding the photos"))
+    chosen = np.linspace(0, len(photos) - 1, min(config.queries, len(photos) // 10)).astype(int)
+    gallery = photos.subset(np.setdiff1d(np.arange(len(photos)), chosen))
+    knn = CosineKNN(embedder.embed_photos(gallery))
     decode, k = embedder.preprocessing.decode, min(5, len(gallery))
-    files = [photos.read(index) for index in asking]
+    files = [photos.read(index) for index in chosen]
     images = [decode(file) for file in files]
     embeddings = [embedder.embed_images([image]) for image in images]
     parts = {
@@ -64,15 +62,15 @@ def main(config: Config) -> None:
         "search": lambda query: knn.search(embeddings[query % len(files)], k),
     }
     taken: dict[str, list[np.ndarray]] = {name: [] for name in parts}
-    for _ in range(config.turns):
+    for _ in range(config.repeats):
         for name, part in parts.items():
             taken[name].append(milliseconds(part, config.queries))
-    medians = {name: [float(np.median(turn)) for turn in turns] for name, turns in taken.items()}
+    medians = {name: [float(np.median(one)) for one in rounds] for name, rounds in taken.items()}
     shares = [sum(each) / whole for whole, *each in zip(*medians.values(), strict=True)]
-    tails = [float(np.percentile(turn, 99) / np.median(turn)) for turn in taken["whole"]]
+    tails = [float(np.percentile(one, 99) / np.median(one)) for one in taken["whole"]]
     percentiles = {
-        name: dict(zip(("p50", "p95", "p99"), np.percentile(turns, [50, 95, 99]).tolist(), strict=True))
-        for name, turns in taken.items()
+        name: dict(zip(("p50", "p95", "p99"), np.percentile(rounds, [50, 95, 99]).tolist(), strict=True))
+        for name, rounds in taken.items()
     }
     for name, each in percentiles.items():
         print(f"{name:8} " + ", ".join(f"{percentile} {value:.2f} ms" for percentile, value in each.items()))
@@ -80,7 +78,7 @@ def main(config: Config) -> None:
     measure.write(
         "query_latency",
         config,
-        {"name": photos.name, "gallery": len(gallery), "dimension": embedder.dimension},
+        {"name": photos.name, "gallery": len(gallery), "dimension": embedder.dim},
         {"limit": measure.spread(shares)},
         {"milliseconds": percentiles, "p50_milliseconds_of_turns": medians, "p99_over_p50": measure.spread(tails)},
         embedder.device,
@@ -90,8 +88,8 @@ def main(config: Config) -> None:
 
 
 def draw(path: Path, percentiles: dict[str, dict[str, float]]) -> None:
-    """The parts' medians, one behind the other, above the whole's p50 and p99."""
-    pyplot = figures()
+    """The parts' medians, end to end, above the whole's p50 and p99."""
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 2.4), layout="constrained")
     left = 0.0
     for name, colour in (("decode", "#9aa5b1"), ("network", "#1f6feb"), ("search", "#2e9e5b")):
@@ -110,4 +108,4 @@ def draw(path: Path, percentiles: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

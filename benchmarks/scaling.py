@@ -1,62 +1,61 @@
-"""How does the search grow with the gallery?  python benchmarks/scaling.py --data FOLDER --weights FILE
+"""How does the search grow with the gallery?  python -m benchmarks.scaling --data FOLDER --weights FILE
 
-Time to build the index, queries/s with many at once, latency of one alone, and memory that a search takes beyond what
-was held before it, for galleries of growing size. A ratio such as `linear_latency_100000` compares a size with the one
-before: above 1 means that the time grew less than the gallery.
+Time to build the index, queries/s of many at once, latency of one, and the memory that a search takes in addition, for
+galleries of growing size. A ratio such as `linear_latency_100000` compares a size with the one before: above 1 means
+that the time grew less than the gallery.
 """
 
 import contextlib
 import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
-from common.config import UserError, run
+from common.config import Range, UserError, run_script
 from common.device import choose_product_precision
-from common.extras import figures
+from common.report.plots import load_pyplot
 from common.retrieval.exact import CosineKNN
 
-ALONE = 50  # queries asked one at a time
-PRODUCTS = 1_000_000_000  # of a query and a gallery embedding in a turn: fewer queries where the gallery is large
+NUM_SINGLE = 50  # queries searched one at a time
+MAX_PRODUCTS = 1_000_000_000  # of a query and a gallery embedding in a round: fewer queries where the gallery is large
 
 
 @dataclass
 class Config:
-    """What is measured. Edit it here, or override one field: --turns 5"""
+    """What is measured. Edit it here, or override one field: --repeats 5"""
 
-    data: str = "auto"  # a folder of photos, "sample" (drawn here), or "auto": data/ if it holds photos
+    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
     results: str = "results"  # folder of the result file
     backbone: str = "squeezenet1_1"  # any classification network of torchvision
     weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
     device: str = "auto"  # of the network; the search is on the CPU
     cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run
-    sizes: str = "1000 10000 100000 1000000"  # of the gallery
-    queries: int = 2000  # at once, fewer for large galleries
-    k: int = 5  # neighbours of a query
-    turns: int = 3  # of each size, after one to warm up
+    sizes: str = "1000 10000 100000 1000000"  # of the gallery, photos
+    queries: Annotated[int, Range(1, 1e6)] = 2000  # at once, fewer for large galleries
+    k: Annotated[int, Range(1, 1e6)] = 5  # neighbours of a query
+    repeats: Annotated[int, Range(1, 1000)] = 3  # of each size, after one to warm up
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """What one call takes."""
+    """How long one call takes."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def memory_of(function: Callable[[], object]) -> int | None:
-    """Bytes that this process holds at most during a call beyond those before it; None where there is no Linux."""
-    with contextlib.suppress(OSError, AttributeError):  # what earlier searches left to the allocator goes back first
+    """The most bytes that this process holds during a call in addition to those before; None outside Linux."""
+    with contextlib.suppress(OSError, AttributeError):  # what earlier searches left to the allocator is returned first
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         function()
         return max(0, _status("VmHWM") - before)
@@ -70,31 +69,30 @@ def _status(field: str) -> int:
 
 
 def main(config: Config) -> None:
-    """Measures all sizes and writes `benchmark_scaling.json`."""
-    measure.positive(config, "turns", "queries", "k")
-    sizes_asked = measure.whole_numbers(config.sizes)
-    if config.k > sizes_asked[0]:
-        raise UserError(f"k is {config.k}: the smallest gallery has {sizes_asked[0]} photos")
+    """Measures all sizes; writes `benchmark_scaling.json`."""
+    sizes_given = measure.gallery_sizes(config.sizes)
+    if config.k > sizes_given[0]:
+        raise UserError(f"k is {config.k}: the smallest gallery has {sizes_given[0]} photos")
     real, queries, name = measure.real_embeddings(config, config.queries)
     sizes, ratios = {}, {}
-    for size in sizes_asked:
+    for size in sizes_given:
         gallery = measure.gallery_of(size, real)
-        asking = queries[: max(1, PRODUCTS // size)]
+        some = queries[: max(1, MAX_PRODUCTS // size)]
         knn = CosineKNN(gallery)
-        memory = memory_of(lambda knn=knn, asking=asking: knn.search(asking, config.k))
+        memory = memory_of(lambda knn=knn, some=some: knn.search(some, config.k))
         taken: dict[str, list[float]] = {"build": [], "search": [], "latency": []}
-        for turn in range(config.turns + 1):
+        for number in range(config.repeats + 1):
             built = seconds_of(lambda gallery=gallery: CosineKNN(gallery))
             knn = CosineKNN(gallery)
-            knn.search(asking, 1)  # the first search looks at how the gallery is rounded
-            searched = seconds_of(lambda knn=knn, asking=asking: knn.search(asking, config.k))
-            alone = [seconds_of(lambda one=one, knn=knn: knn.search(one[None], config.k)) for one in asking[:ALONE]]
-            if turn:
+            knn.search(some, 1)  # the first search measures the rounding errors of the gallery
+            searched = seconds_of(lambda knn=knn, some=some: knn.search(some, config.k))
+            alone = [seconds_of(lambda one=one, knn=knn: knn.search(one[None], config.k)) for one in some[:NUM_SINGLE]]
+            if number:
                 taken["build"].append(built)
-                taken["search"].append(searched / len(asking))
+                taken["search"].append(searched / len(some))
                 taken["latency"].append(statistics.median(alone))
         sizes[size] = {
-            "queries": len(asking),
+            "queries": len(some),
             "build_seconds": taken["build"],
             "queries_per_second": [1 / each for each in taken["search"]],
             "latency_milliseconds": [1000 * each for each in taken["latency"]],
@@ -123,8 +121,8 @@ def main(config: Config) -> None:
 
 
 def draw(path: Path, sizes: dict[int, dict]) -> None:
-    """Four panels over the size of the gallery, with what linear growth from the largest would be."""
-    pyplot = figures()
+    """Four panels over the size of the gallery, with linear growth through the largest for comparison."""
+    pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     figure.suptitle("benchmark: scaling", x=0.01, ha="left")
     at = np.array(list(sizes))
@@ -154,4 +152,4 @@ def draw(path: Path, sizes: dict[int, dict]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

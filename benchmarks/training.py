@@ -1,20 +1,19 @@
-"""How fast do the networks train?  python benchmarks/training.py --data FOLDER
+"""How fast do the networks train?  python -m benchmarks.training --data FOLDER
 
-Epochs of siamese.py and autoencoder.py on photos from the cache, in turns with
+Epochs of siamese.py and autoencoder.py on decoded photos, in the device's fast precision, interleaved with
 
-- limit: the same epochs on ready random pixels, which nobody reads or copies
+- limit: the same epochs on random pixels that are ready in memory
 - plain_loop: what a tutorial would write, with the same network, loss and sizes of views: a DataLoader with a worker
   per core, torchvision's random transforms photo by photo, float32
 
-A ratio above 1 says that ours is faster; `limit` is the share of that speed which is reached.
+A ratio above 1 means that ours is faster; `limit` is the fraction of that speed which is reached.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,62 +23,80 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import autoencoder
 import siamese
 from benchmarks import measure
-from common.config import run
-from common.data.photos import Photos, load_photos, locate_photos
+from common.config import Range, run_script
+from common.data.photos import Photos, load_photos
+from common.data.sources import locate_photos
 from common.device import choose_device, choose_precision
-from common.models.augment import HUE, LIGHT
-from common.models.backbones import InFloat32, Preprocessing, load_backbone
-from common.models.losses import view_loss
+from common.models.augment import HUE, JITTER
+from common.models.backbones import load_backbone, load_preprocessing
+from common.models.decoded import DecodedPhotos
+from common.models.losses import info_nce
+from common.models.preprocessing import Preprocessing
+from common.report.run import Run
 
-DIMENSION = 512  # of the random features that the autoencoder learns
+FEATURE_DIM = 512  # of the random features that the autoencoder matches
 
 
 @dataclass
 class Config:
     """What is measured. Edit it here, or override one field: --photos 500"""
 
-    data: str = "auto"  # a folder of photos, "sample" (drawn here), or "auto": data/ if it holds photos
+    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
     results: str = "results"  # folder of the result file
     backbone: str = "squeezenet1_1"  # any classification network of torchvision; speed does not depend on its weights
-    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest there is
+    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
     cache: str = "data/.cache"  # a folder for the decoded photos
-    photos: int = 512  # in an epoch
-    turns: int = 5  # epochs of each side, after one to warm up
+    photos: Annotated[int, Range(2, 1e6)] = 512  # in an epoch
+    repeats: Annotated[int, Range(1, 1000)] = 5  # epochs of each contender, after one to warm up
 
 
 class PlainViews(Dataset):
-    """Disturbed views of each photo [V, 3, size, size], the photo itself [3, whole, whole] and its class."""
+    """Augmented views of each photo [V, 3, size, size], the photo itself [3, S, S], its class and its index."""
 
-    def __init__(self, photos: Photos, seen: Preprocessing, views: int, size: int, least_area: float):
-        finish = [transforms.ToTensor(), transforms.Normalize(seen.mean, seen.std)]
-        light = transforms.ColorJitter(LIGHT, LIGHT, LIGHT, HUE)
-        crop = transforms.RandomResizedCrop(size, (least_area, 1), ratio=(1, 1))
+    def __init__(self, photos: Photos, preprocessing: Preprocessing, views: int, size: int, min_crop_area: float):
+        finish = [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
+        jitter = transforms.ColorJitter(JITTER, JITTER, JITTER, HUE)
+        crop = transforms.RandomResizedCrop(size, (min_crop_area, 1), ratio=(1, 1))
         self.photos, self.views = photos, views
-        self.disturb = transforms.Compose([crop, transforms.RandomHorizontalFlip(), light, *finish])
-        self.whole = transforms.Compose([transforms.Resize((seen.crop, seen.crop)), *finish])
+        self.augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), jitter, *finish])
+        self.whole = transforms.Compose([transforms.Resize((preprocessing.crop, preprocessing.crop)), *finish])
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        image = Image.open(self.photos.folder / self.photos.paths[index]).convert("RGB")
-        views = torch.stack([self.disturb(image) for _ in range(self.views)])
+        image = Image.open(self.photos.path(index)).convert("RGB")
+        views = torch.stack([self.augment(image) for _ in range(self.views)])
         return views, self.whole(image), int(self.photos.labels[index]), index
 
 
-def plain_loop(network: nn.Module, loader: DataLoader, loss_of: Callable, rate: float) -> Callable[[], None]:
-    """An epoch, as a function; network, optimizer and workers stay for the next."""
+class RandomPixels(DecodedPhotos):
+    """Instead of decoded photos, random pixels that are ready: nothing is read or copied."""
+
+    def load(self, photos: Photos, indices: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S, 3], the same for every batch."""
+        if not hasattr(self, "pixels"):
+            shape = (len(photos), self.preprocessing.crop, self.preprocessing.crop, 3)
+            self.pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+        return self.pixels[: len(indices)]
+
+
+def plain_loop(network: nn.Module, dataset: Dataset, loss_fn: Callable, config: object) -> Callable[[], None]:
+    """One epoch, as a function; network, optimizer and workers stay for the next."""
     device = next(network.parameters()).device
-    optimizer = torch.optim.AdamW(network.parameters(), rate)
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate)
+    workers = torch.get_num_threads()
+    loader = DataLoader(
+        dataset, config.batch_size, shuffle=True, num_workers=workers, persistent_workers=True, drop_last=True
+    )
 
     def epoch() -> None:
         network.train()
         for batch in loader:
-            loss = loss_of(network, *(each.to(device) for each in batch))
+            loss = loss_fn(network, *(each.to(device) for each in batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -88,88 +105,85 @@ def plain_loop(network: nn.Module, loader: DataLoader, loss_of: Callable, rate: 
     return epoch
 
 
-def loader_of(dataset: Dataset, batch_size: int) -> DataLoader:
-    """Shuffled, with a worker per core that stays from epoch to epoch."""
-    workers = torch.get_num_threads()
-    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=True, drop_last=True)
+def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str, measure.Contender]:
+    """Epochs of siamese.py with its own hyperparameters, and the plain loop's."""
+    own = replace(siamese.Config(), data=str(photos.folder), results=folder, cache=config.cache, epochs=1)
+    own = replace(own, device=config.device)
+    run = Run.begin("siamese", own, {})
 
+    def network() -> siamese.SiameseNetwork:
+        backbone = load_backbone(config.backbone, "none", own.image_size, own.pooling, own.whole_photo)
+        return siamese.SiameseNetwork(backbone, own.embedding_dim)
 
-def siamese_sides(photos: Photos, config: Config, folder: str) -> tuple[Callable, Callable]:
-    """An epoch of siamese.py with its own hyperparameters, and the plain loop's."""
-    own = replace(siamese.Config(), results=folder, cache=config.cache, epochs=1)
-    device = choose_device(config.device)
+    preprocessing = load_preprocessing(config.backbone, "none", own.image_size, own.whole_photo)
 
-    def network() -> tuple[nn.Module, Preprocessing]:
-        backbone, preprocessing, _ = load_backbone(
-            config.backbone, "none", own.image_size, own.pooling, own.whole_photo
-        )
-        return nn.Sequential(backbone, InFloat32(nn.LazyLinear(own.embedding_dim))), preprocessing
+    def seconds(decoded: DecodedPhotos) -> float:
+        trained = network().to(run.device, memory_format=torch.channels_last)
+        return siamese.train_on_pairs(run, trained, photos, decoded, {})[-1]["seconds"]
 
-    def ours() -> float:
-        trained, preprocessing = network()
-        trained(torch.zeros(1, 3, own.view_size, own.view_size))
-        trained.to(device, memory_format=torch.channels_last)
-        return siamese.learn(trained, preprocessing, photos, own, {})[-1]["seconds"]
-
-    def loss_of(
+    def loss_fn(
         network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, __: int
     ) -> torch.Tensor:
         embeddings = functional.normalize(network(torch.cat(views.unbind(1))))
-        pairs = siamese.contrastive_loss(embeddings, labels.repeat(2), own.class_margin, own.margin, own.mining)
-        return pairs + own.view_weight * view_loss(*embeddings.chunk(2), own.temperature)
+        margins = own.positive_margin, own.negative_margin
+        pairs = siamese.contrastive_loss(embeddings, labels.repeat(2), *margins, own.reduction)
+        return pairs + own.view_weight * info_nce(*embeddings.chunk(2), own.temperature)
 
-    plain, preprocessing = network()
-    plain(torch.zeros(1, 3, own.view_size, own.view_size))
-    loader = loader_of(PlainViews(photos, preprocessing, 2, own.view_size, own.least_area), own.batch_size)
-    return ours, plain_loop(plain.to(device), loader, loss_of, own.learning_rate)
-
-
-def autoencoder_sides(photos: Photos, config: Config, folder: str) -> tuple[Callable, Callable]:
-    """An epoch of autoencoder.py with its own hyperparameters, on random features, and the plain loop's."""
-    own = replace(autoencoder.Config(), results=folder, cache=config.cache, epochs=1, backbone=config.backbone)
-    _, preprocessing, _ = load_backbone(config.backbone, "none", own.image_size, whole_photo=own.whole_photo)
-    features = torch.randn(len(photos), DIMENSION, device=choose_device(config.device))
-
-    def ours() -> float:
-        return autoencoder.learn(features, preprocessing, photos, own, {})[1][-1]["seconds"]
-
-    def loss_of(network: nn.Module, views: torch.Tensor, photo: torch.Tensor, _: int, at: torch.Tensor) -> torch.Tensor:
-        rebuilt, bottleneck = network(views[:, 0])
-        pixels, seen = functional.mse_loss(rebuilt, photo), functional.mse_loss(bottleneck, features[at])
-        return own.pixel_weight * pixels + own.feature_weight * seen
-
-    plain = autoencoder.Autoencoder(own.image_size, own.width, DIMENSION).to(features.device)
-    loader = loader_of(PlainViews(photos, preprocessing, 1, own.view_size, own.least_area), own.batch_size)
-    return ours, plain_loop(plain, loader, loss_of, own.learning_rate)
+    views = PlainViews(photos, preprocessing, 2, own.view_size, own.min_crop_area)
+    decoded = read_all(photos, DecodedPhotos(preprocessing, Path(config.cache)))
+    return {
+        "ours": lambda: seconds(decoded),
+        "limit": lambda: seconds(RandomPixels(preprocessing, None)),
+        "plain_loop": plain_loop(network().to(run.device), views, loss_fn, own),
+    }
 
 
-def ready(photos: Photos, preprocessing: Preprocessing, _: Path | None) -> Callable[[np.ndarray], np.ndarray]:
-    """In place of `load_squares`: the same random pixels for every batch, which nobody reads or copies."""
-    square = (preprocessing.crop, preprocessing.crop, 3)
-    pixels = np.random.default_rng(0).integers(256, size=(len(photos), *square), dtype=np.uint8)
-    return lambda positions: pixels[: len(positions)]
+def autoencoder_contenders(photos: Photos, config: Config, folder: str) -> dict[str, measure.Contender]:
+    """Epochs of autoencoder.py with its own hyperparameters, on random features, and the plain loop's."""
+    own = replace(autoencoder.Config(), data=str(photos.folder), results=folder, cache=config.cache, epochs=1)
+    own = replace(own, backbone=config.backbone, device=config.device)
+    run = Run.begin("autoencoder", own, {})
+    preprocessing = load_preprocessing(config.backbone, "none", own.image_size, own.whole_photo)
+    features = torch.randn(len(photos), FEATURE_DIM, device=run.device)
+
+    def seconds(decoded: DecodedPhotos) -> float:
+        return autoencoder.train_autoencoder(run, features, photos, decoded, {})[1][-1]["seconds"]
+
+    def loss_fn(network: nn.Module, views: torch.Tensor, photo: torch.Tensor, _: int, at: torch.Tensor) -> torch.Tensor:
+        reconstruction, bottleneck = network(views[:, 0])
+        pixels, matched = functional.mse_loss(reconstruction, photo), functional.mse_loss(bottleneck, features[at])
+        return own.pixel_weight * pixels + own.feature_weight * matched
+
+    plain = autoencoder.Autoencoder(own.image_size, own.width, FEATURE_DIM).to(run.device)
+    views = PlainViews(photos, preprocessing, 1, own.view_size, own.min_crop_area)
+    decoded = read_all(photos, DecodedPhotos(preprocessing, Path(config.cache)))
+    return {
+        "ours": lambda: seconds(decoded),
+        "limit": lambda: seconds(RandomPixels(preprocessing, None)),
+        "plain_loop": plain_loop(plain, views, loss_fn, own),
+    }
+
+
+def read_all(photos: Photos, decoded: DecodedPhotos) -> DecodedPhotos:
+    """`decoded` with all `photos` in its array."""
+    decoded.consume([(photos.sha256[index], photos.read(index)) for index in range(len(photos))])
+    decoded.flush()
+    return decoded
 
 
 def main(config: Config) -> None:
-    """Measures all sides of both scripts in turns and writes `benchmark_training.json`."""
-    measure.positive(config, "turns", "photos")
+    """Measures the contenders of both scripts; writes `benchmark_training.json`."""
     device = choose_device(config.device)
-    photos = load_photos(locate_photos(config.data), Path(config.cache))
+    photos = load_photos(locate_photos(config.data))
     photos = photos.subset(np.linspace(0, len(photos) - 1, min(config.photos, len(photos))).astype(int))
     ratios, seconds = {}, {}
     with TemporaryDirectory() as folder:
-        for name, sides_of in (("siamese", siamese_sides), ("autoencoder", autoencoder_sides)):
-            ours, plain = sides_of(photos, config, folder)
-
-            def limit(ours: Callable = ours) -> float:
-                with patch("common.models.training.load_squares", ready):
-                    return ours()
-
-            seconds[name] = measure.in_turns({"ours": ours, "limit": limit, "plain_loop": plain}, config.turns, name)
+        for name, contenders_of in (("siamese", siamese_contenders), ("autoencoder", autoencoder_contenders)):
+            seconds[name] = measure.interleaved(contenders_of(photos, config, folder), config.repeats, name)
             ratios |= measure.ratios(seconds[name], f"_{name}")
     speeds = {
-        name: {side: [len(photos) / each for each in turns] for side, turns in sides.items()}
-        for name, sides in seconds.items()
+        name: {contender: [len(photos) / each for each in rounds] for contender, rounds in contenders.items()}
+        for name, contenders in seconds.items()
     }
     measure.write(
         "training",
@@ -183,4 +197,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

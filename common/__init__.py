@@ -1,0 +1,1 @@
+"""What all approaches share, in rooms: data <- models <- retrieval <- report."""

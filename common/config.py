@@ -40,7 +40,7 @@ class RunConfig:
 
     # Computing
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
-    embed_batch_size: int = 0  # photos embedded at a time; 0: 8 on a CPU, 256 on a GPU
+    embed_batch_size: Annotated[int, Range(0, 65_536)] = 0  # photos embedded at a time; 0: 8 on a CPU, 256 on a GPU
     compile: bool = False  # torch.compile the training step: a slow start, then faster on a GPU
     cache: str = "data/.cache"  # a folder that keeps decoded photos and embeddings for the next run, or "none"
 
@@ -54,6 +54,7 @@ RENAMED = {  # flags of earlier versions -> what they are called now
     "margin": "negative_margin",
     "mining": "reduction",
     "least_area": "min_crop_area",
+    "turns": "repeats",
 }
 
 

@@ -50,7 +50,8 @@ class RowCache:
         self, folder: Path | None, key: str, shape: tuple[int, ...], dtype: npt.DTypeLike, mmap: bool = False
     ) -> None:
         """`folder`: None keeps rows for this run only. `key`: names all that decides about a row beside its sha256
-        (weights, preprocessing, versions ...); another key has other files."""
+        (weights, preprocessing, versions ...); another key has other files.
+        """
         self.record = np.dtype([("sha256", "S64"), ("row", dtype, shape)])
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:32] if folder else None
         self.key, self.mmap = key, mmap
@@ -73,7 +74,8 @@ class RowCache:
 
     def contains(self, sha256: np.ndarray) -> np.ndarray:
         """bool [N]: which of the keys 'S64' [N] have a row."""
-        return np.fromiter((key in self.where for key in sha256.tolist()), bool, len(sha256))
+        with self.lock:
+            return np.fromiter((key in self.where for key in sha256.tolist()), bool, len(sha256))
 
     def get(self, sha256: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows [F, ...] of those keys, of 'S64' [N], that have one, in their order; and which do, bool [N]."""
@@ -150,7 +152,8 @@ class RowCache:
 
     def _merge(self, folder: Path) -> None:
         """All segments, those of other runs included, as one. A run that is about to open one of the others and finds
-        it gone computes its rows again."""
+        it gone computes its rows again.
+        """
         paths = sorted(folder.glob("*.npy"))
         for path in paths:
             segment = _open(path, self.record, self.mmap)
@@ -168,7 +171,8 @@ class RowCache:
 def _open(path: Path, record: np.dtype, mmap: bool) -> np.ndarray | None:
     """The records in a segment; None where it is damaged or not a segment of such records."""
     try:
-        records = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        with path.open("rb") as stream:
+            records = np.lib.format.open_memmap(path, mode="r") if mmap else np.lib.format.read_array(stream)
         intact = records.dtype == record and records.ndim == 1 and (mmap or _checksum(records) == path.name[:8])
     except Exception:  # numpy raises whatever a damaged header leads to
         return None

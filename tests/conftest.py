@@ -1,4 +1,4 @@
-"""What several tests need: a folder of drawn photos, a small network, and a way to run a script as a user does."""
+"""What several tests need: a folder of synthetic images, a small network, and a way to run a script as a user does."""
 
 import os
 import subprocess
@@ -9,44 +9,53 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.photos import DRAWN_MARK
-from common.data.synthetic import draw_sample
+from common.data.synthetic import draw_dataset
 from common.models.backbones import load_backbone
 from common.models.embedder import Embedder
 
 ROOT = Path(__file__).resolve().parents[1]
+# On a busy machine, threads that wait for each other in every operation take ten times as long.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 drawn photos, 60 of each class; not to be written to."""
-    return draw_sample(tmp_path_factory.mktemp("photos") / "drawn", DRAWN_MARK, count=120, seed=1)
+def synthetic_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 120 synthetic images, 60 of each class; not to be written to."""
+    return draw_dataset(tmp_path_factory.mktemp("photos") / "synthetic", count=120, seed=1)
 
 
 @pytest.fixture(scope="session")
 def embedder() -> Embedder:
     """An untrained squeezenet1_1 at 64 pixels."""
     torch.manual_seed(0)
-    network, preprocessing, _ = load_backbone("squeezenet1_1", "none", image_size=64)
-    return Embedder(network, preprocessing, torch.device("cpu"), 16)
+    backbone = load_backbone("squeezenet1_1", "none", image_size=64)
+    return Embedder(backbone.network, backbone.preprocessing, torch.device("cpu"), batch_size=16)
 
 
 @pytest.fixture
 def offline(tmp_path: Path) -> dict[str, str]:
     """An environment in which nothing can be downloaded and no weights are cached, on any machine."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    return {**os.environ, **nowhere, "no_proxy": "", "NO_PROXY": "", "TORCH_HOME": str(tmp_path / "torch")}
+    nothing_cached = {"no_proxy": "", "NO_PROXY": "", "TORCH_HOME": str(tmp_path / "torch")}
+    return {**os.environ, **ONE_THREAD, **nowhere, **nothing_cached}
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
-    """Results of each approach with a small checkpoint, trained on the drawn photos; not to be written to."""
+def trained(tmp_path_factory: pytest.TempPathFactory, synthetic_photos: Path) -> Path:
+    """Results of each approach with a small checkpoint, trained on the synthetic images; not to be written to."""
     folder = tmp_path_factory.mktemp("trained")
-    small = ("--data", str(drawn), "--weights", "none", "--epochs", "1", "--image-size", "64", "--view-size", "64")
-    for script, more in (("siamese", ("--margin", "1.5")), ("autoencoder", ()), ("cnn_feature_extraction", ())):
-        backbone = ("--backbone", "squeezenet1_1") if script != "autoencoder" else ("--feature-weight", "0")
-        command = [sys.executable, str(ROOT / f"{script}.py"), *small, *backbone, *more]
-        subprocess.run(command, cwd=folder, capture_output=True, check=True, timeout=300)
+    data = ("--data", str(synthetic_photos), "--weights", "none", "--epochs", "1")
+    size = ("--image-size", "64", "--view-size", "64")
+    squeezenet = ("--backbone", "squeezenet1_1")
+    for script, options in (
+        ("siamese", (*squeezenet, "--negative-margin", "1.5")),
+        ("autoencoder", ("--feature-weight", "0")),
+        ("cnn_feature_extraction", squeezenet),
+    ):
+        command = [sys.executable, str(ROOT / f"{script}.py"), *data, *size, *options]
+        environment = {**os.environ, **ONE_THREAD}
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
     return folder / "results"
 
 

@@ -1,12 +1,21 @@
-"""What README.md says is what the repository does."""
+"""What README.md and the pages in docs/ say is what the repository does."""
 
 import json
 import re
 
+import pytest
+import torch
+from torchvision import models
+
+from common.report.result_file import SUMMARY
 from compare import Config, read_results, table
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+}
+README, PERFORMANCE, LOG = PAGES["README.md"], PAGES["docs/performance.md"], PAGES["docs/log.md"]
 REFERENCE = {
     name: json.loads((ROOT / "results" / "reference" / f"{name}.json").read_text(encoding="utf-8"))
     for name in ("cnn_feature_extraction", "autoencoder", "siamese", "siamese.class_pairs")
@@ -34,49 +43,97 @@ def measured(benchmark: str) -> dict:
     return json.loads((ROOT / "results" / "reference" / f"benchmark_{benchmark}.json").read_text(encoding="utf-8"))
 
 
+def on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def test_the_table_is_what_compare_makes_of_the_reference_files():
     files = sorted(str(path) for path in (ROOT / "results" / "reference").glob("*.json"))
     assert table(read_results(Config(files=tuple(files)))) in README
 
 
-def test_the_reference_runs_are_what_the_readme_says():
+def test_the_claims_are_those_of_the_reference_runs():
     for result in REFERENCE.values():
         assert (result["dataset"]["gallery"], result["dataset"]["queries"]) == (18_000, 2_000)
         assert result["config"]["split"] == "test"
         assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"])  # of a clean checkout
+    scores = REFERENCE["siamese"]["metrics"]
+    claim = f"{scores['precision@5']['value']:.1%} of the five nearest photos".replace("%", " %")
+    assert claim in on_one_line(README)
+    found = f"{scores['instance_hit_rate@1']['value']:.1%} of the time".replace("%", " %")
+    assert found in on_one_line(README)
+    minutes = REFERENCE["siamese"]["timing"]["train_seconds"] / 60
+    assert f"{minutes:.0f} minutes of training" in on_one_line(README)
+
+
+@pytest.mark.parametrize(
+    ("script", "metrics"),
+    [
+        ("siamese", ("precision@5", "instance_hit_rate@1")),
+        ("autoencoder", ("precision@5",)),
+        ("cnn_feature_extraction", ("precision@5",)),
+    ],
+)
+def test_the_docstrings_are_those_of_the_reference_runs(script, metrics):
+    text, result = (ROOT / f"{script}.py").read_text(encoding="utf-8"), REFERENCE[script]
+    for metric in metrics:
+        assert f"{result['metrics'][metric]['value']:.3f}" in text
+    assert f"{result['timing']['train_seconds'] / 60:.0f} minutes" in text
 
 
 def test_the_speeds_are_those_of_the_benchmarks():
     for start, (benchmark, ratio) in SPEEDS.items():
         values = measured(benchmark)["ratios"][ratio]
-        assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in README
+        assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in PERFORMANCE
     latency = measured("query_latency")["milliseconds"]["whole"]
-    text = " ".join(README.split())
+    text = on_one_line(PERFORMANCE)
     assert f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in text
     page = measured("page")
     assert f"{len(page['errors'])} errors, p95 {page['milliseconds']['p95']:.0f} ms" in text
     memory = [size["search_memory_bytes"] / 1e6 for size in measured("scaling")["sizes"].values()]
     assert f"{min(memory):.0f} to {max(memory):.0f} MB" in text
+    faiss = measured("exact_search")["ratios"]["faiss_18000_top5"]["median"]
+    assert f"{faiss:.1f} times as fast as faiss" in on_one_line(README)
+    assert f"a query takes {latency['p50']:.1f} ms" in on_one_line(README)
 
 
-def test_the_validation_runs_are_what_the_readme_says():
-    for name, sentence in (
-        ("cnn_feature_extraction.json", "precision@5 of {} and an instance_hit_rate@1 of {};"),
-        ("cnn_feature_extraction.average.json", "had {} and {}."),
-    ):
+def test_the_validation_runs_are_what_the_log_says():
+    for name in ("cnn_feature_extraction.json", "cnn_feature_extraction.average.json"):
         result = json.loads((ROOT / "results" / "reference" / "validation" / name).read_text(encoding="utf-8"))
         assert result["config"]["split"] == "validation"
-        scores = (f"{result['metrics'][metric]['value']:.3f}" for metric in ("precision@5", "instance_hit_rate@1"))
-        assert sentence.format(*scores) in " ".join(README.split())
+        for metric in ("precision@5", "instance_hit_rate@1"):
+            assert f"{result['metrics'][metric]['value']:.3f}" in LOG
+
+
+def test_the_output_shown_is_of_the_program():
+    for block in re.findall(r"<!-- (?:on|off)line -->\n(.*?)<!-- /", README, re.DOTALL):
+        assert re.findall(r"^(\w+(?:@\w+)?) +\d\.\d{3}  \d", block, re.MULTILINE) == list(SUMMARY)
 
 
 def test_files_and_flags_that_are_named_exist(run_script):
-    assert all((ROOT / name).exists() for name in re.findall(r"\]\(([^)#:]+)\)", README))
+    for page, text in PAGES.items():
+        for name in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / page).parent.joinpath(name).exists(), (page, name)
     scripts = ("cnn_feature_extraction.py", "autoencoder.py", "siamese.py", "compare.py", "search.py", "app.py")
     told = "".join(run_script(script, "--help").stdout for script in scripts)
     flags = set(re.findall(r"--[a-z][a-z-]+", README))
     assert len(flags) > 8
     assert all(flag in told for flag in flags)
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys, synthetic_photos):
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    statements = [line for line in example.splitlines() if line and not line.startswith(("from", "import", "    "))]
+    assert len(statements) == 8
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(synthetic_photos)
+    (tmp_path / "query.jpg").write_bytes((synthetic_photos / "cat" / "cat.0003.jpg").read_bytes())
+    torch.save(models.resnet18(weights=None).state_dict(), "resnet18.pth")
+    exec(compile(example.replace('"DEFAULT"', '"resnet18.pth"'), "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("1.000  ")
+    assert lines[0].endswith("cat.0003.jpg")
 
 
 def test_requirements_are_the_six():

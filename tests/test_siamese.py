@@ -1,4 +1,4 @@
-"""The contrastive loss, the pairs and the verification by hand; the script as a user runs it."""
+"""The contrastive loss and the pairs by hand; the script as a user runs it."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from common.data.photos import gallery_and_queries, load_photos
 from common.models.backbones import InFloat32, load_backbone
 from common.models.embedder import Embedder, image_of
 from common.models.training import load_checkpoint
-from siamese import contrastive_loss, pairs_of_a_class, project, verify
+from siamese import contrastive_loss, pairs_of_a_class, project
 from tests.conftest import ROOT
 
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--view-size", "48", "--epochs", "2")
@@ -87,32 +87,6 @@ def test_the_projection_turns_features_about_their_mean(drawn, embedder):
     assert torch.allclose(projected.mean(0), torch.zeros(512), atol=1e-5)
     centred = features - features.mean(0)
     assert torch.allclose(projected @ projected.T, centred @ centred.T, atol=1e-4)
-
-
-def test_verification_takes_its_threshold_from_the_validation_photos(drawn):
-    photos = load_photos(drawn, None)
-    validation, queries = photos.subset(np.array([0, 1, 60, 61])), photos.subset(np.array([2, 3, 62]))
-
-    class Angles:
-        def embed_photos(self, photos, cache, label):
-            degrees = {4: [0, 10, 40, 100], 3: [0, 50, 20]}[len(photos)]
-            return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], 1).astype(np.float32)
-
-    found = verify(Angles(), validation, queries, None)
-    # cats 0 and 10, dogs 40 and 100: 10 is alone right below the threshold, the dogs' 60 beyond three dissimilar pairs
-    assert found["threshold"] == pytest.approx(2 * math.sin(math.radians(5)), abs=1e-4)
-    # cats 0 and 50, dog 20: every pair is beyond it, so the two dissimilar ones are told right
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    assert found["roc_auc"] == 0
-    assert (found["pairs"], found["share_same"]) == (3, pytest.approx(1 / 3))
-
-
-def test_no_verification_without_pairs_of_both_kinds(drawn):
-    photos = load_photos(drawn, None)
-    both = photos.subset(np.array([0, 1, 60, 61]))
-    for few in ([0, 1, 2], [0, 60], [0]):  # one class, one photo of each, one photo
-        assert verify(None, both, photos.subset(np.array(few)), None) == {}
-        assert verify(None, photos.subset(np.array(few)), both, None) == {}
 
 
 def read(folder):

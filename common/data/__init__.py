@@ -1,0 +1,1 @@
+"""From files on disk to photos with their classes, and to gallery and queries."""

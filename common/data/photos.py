@@ -135,7 +135,9 @@ def load_photos(folder: Path, consumers: Sequence[FileConsumer] = (), label: str
     return _photos(folder, found, hashes, reasons, files, MAX_SKIPPED)
 
 
-def load_library(folder: Path, consumers: Sequence[FileConsumer], cache: Path | None, label: str) -> Photos:
+def load_library(
+    folder: Path, consumers: Sequence[FileConsumer] = (), cache: Path | None = None, label: str = "reading photos"
+) -> Photos:
     """The same for searching: files of the same path, size and time of change as last time are not read again.
 
     Their hashes are kept in `cache`. Photos of no class get the class "", and any number of files may be unusable as

@@ -76,7 +76,8 @@ def load_preprocessing(name: str, weights: str, image_size: int, whole_photo: bo
 
 def output_dim(network: nn.Module, size: int, complaint: str, hyperparameter: str) -> int:
     """D of the output [B, D] for images of `size` x `size` pixels; raises `UserError` if `network`, in evaluation mode,
-    can't take them."""
+    can't take them.
+    """
     try:
         with torch.inference_mode():
             device = next(network.parameters()).device
@@ -88,7 +89,8 @@ def output_dim(network: nn.Module, size: int, complaint: str, hyperparameter: st
 
 def _without_classifier(name: str, network: nn.Module, pool: nn.Module) -> nn.Module:
     """The network with `pool` instead of its classifier, the last child of every network of torchvision, and of the
-    pooling before it. A vision transformer, which has no maps, gives its class token."""
+    pooling before it. A vision transformer, which has no maps, gives its class token.
+    """
     *trunk, (classifier, _) = network.named_children()
     if name.startswith(POOLING_IN_FORWARD):
         return nn.Sequential(*(child for _, child in trunk), nn.ReLU(), pool)  # the ReLU is DenseNet's

@@ -69,7 +69,8 @@ def decode_files(
     files: Sequence[tuple[bytes, bytes]], preprocessing: Preprocessing
 ) -> tuple[list[bytes], np.ndarray, dict[bytes, str]]:
     """From (sha256, content) of files: the keys [M] and pixels, uint8 [M, S, S, 3], of those that can be decoded; and
-    {sha256: reason} of the others."""
+    {sha256: reason} of the others.
+    """
     keys, images, unusable = [], [], {}
     for sha256, data in files:
         try:

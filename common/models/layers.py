@@ -35,7 +35,8 @@ class GeM(nn.Module):
 
 class ForceFloat32(nn.Sequential):
     """Layers computed in float32 even where the layers before are computed in 16 bits, whose precision would make
-    different photos tie."""
+    different photos tie.
+    """
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, C] -> what the last layer returns."""

@@ -36,7 +36,8 @@ class Preprocessing:
 
     def resize_crop(self, image: Image.Image) -> np.ndarray:
         """uint8 [crop, crop, 3] from an RGB image: torchvision's Resize and CenterCrop in one step, which computes no
-        pixel that the crop discards."""
+        pixel that the crop discards.
+        """
         width, height, shorter = image.width, image.height, min(image.size)
         resized = int(self.resize * width / shorter), int(self.resize * height / shorter)
         left, top = round((resized[0] - self.crop) / 2), round((resized[1] - self.crop) / 2)

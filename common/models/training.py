@@ -171,7 +171,8 @@ def train_epoch(
     epochs: int,
 ) -> dict:
     """One pass over `batches`. Returns its entry in the history: {"epoch", "loss", its terms, "learning_rate",
-    "seconds", "photos_per_second"}. Raises `UserError` for a loss that is NaN or infinite."""
+    "seconds", "photos_per_second"}. Raises `UserError` for a loss that is NaN or infinite.
+    """
     steps, batch_size = batches.shape
     started = time.perf_counter()
     sums: Losses = {}
@@ -216,7 +217,8 @@ def load_batches(photos: Photos, decoded: DecodedPhotos, batches: np.ndarray, de
 
 def resume(trainer: Trainer, checkpoint: Checkpoint, path: Path, epochs: int) -> list[dict]:
     """Takes the state of the checkpoint at `path`, if there is one, and returns its history; raises `UserError` if it
-    is of another run than `checkpoint`."""
+    is of another run than `checkpoint`.
+    """
     if not path.exists():
         print(f"nothing to resume: there is no {path}, so training starts at the first epoch", flush=True)
         return []
@@ -229,7 +231,8 @@ def resume(trainer: Trainer, checkpoint: Checkpoint, path: Path, epochs: int) ->
 
 def schedule(progress: float) -> float:
     """The learning rate as a fraction of its peak, at `progress` in [0, 1]: a linear rise, then half a cosine
-    (Loshchilov and Hutter 2017, SGDR)."""
+    (Loshchilov and Hutter 2017, SGDR).
+    """
     if progress < WARM_UP:
         return max(progress / WARM_UP, 0.01)
     return 0.5 + 0.5 * math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))

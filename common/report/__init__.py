@@ -1,0 +1,1 @@
+"""From scores to the result file and pictures."""

@@ -10,6 +10,7 @@ from common.retrieval.protocol import Evaluation
 from common.storage import atomic_write
 
 SCHEMA = 2  # version of the fields, which docs/result-file.md describes
+READABLE_SCHEMAS = (1, 2)  # 1 had other names for fields that no comparison needs, and no dataset.synthetic
 NUM_LISTED = 10  # neighbours of each query in the .csv
 SUMMARY = (  # metrics on the screen; the result file has all
     *("precision@1", "precision@5", "precision@100", "hit_rate@5", "accuracy@5", "map@100", "r_precision", "map@r"),

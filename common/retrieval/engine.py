@@ -114,6 +114,8 @@ def load_embedder(
         alternatives = " or ".join(trained_approaches(results))
         raise UserError(f"there is no {path}: run python {approach}.py first, or choose --approach {alternatives}")
     checkpoint = Checkpoint.load(path)
+    if checkpoint.approach != approach:
+        raise UserError(f"{path} was written by {checkpoint.approach}.py: rename it to {checkpoint.approach}.pt")
     try:
         network = import_script(approach).from_checkpoint(checkpoint)
     except ModuleNotFoundError as error:

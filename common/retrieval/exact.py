@@ -179,7 +179,8 @@ class CosineKNN:
 
 def _product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     """[Q, N]. By torch, whose threads the network uses too: those of NumPy's BLAS spin on after a product and delay the
-    next photo's network (p99 of a query's latency 120 ms instead of 13 on two cores)."""
+    next photo's network (p99 of a query's latency 120 ms instead of 13 on two cores).
+    """
     if len(queries) > 1:
         return queries @ gallery.T
     # As 64 small products, one with a vector uses all cores and is five times as fast on two.

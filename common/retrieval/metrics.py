@@ -40,7 +40,8 @@ def r_precision(relevance: np.ndarray, num_relevant: np.ndarray) -> np.ndarray:
 
 def average_precision_at_r(relevance: np.ndarray, num_relevant: np.ndarray) -> np.ndarray:
     """Average precision over the first R: its mean is map@r (Musgrave, Belongie and Lim 2020, A Metric Learning
-    Reality Check, section 3.2)."""
+    Reality Check, section 3.2).
+    """
     positions = np.arange(1, relevance.shape[1] + 1)
     counted = relevance & (positions <= num_relevant[:, None])
     return (counted.cumsum(axis=1, dtype=np.int32) / positions * counted).sum(axis=1) / num_relevant

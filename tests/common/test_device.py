@@ -3,17 +3,30 @@ import torch
 
 from common import device
 from common.config import UserError
-from common.device import choose_device, choose_precision, choose_product_precision, one_thread_each
+from common.device import autocast, choose_device, choose_precision, choose_product_precision, limit_torch_threads
 
 CPU = torch.device("cpu")
 
 
-def test_devices():
+def test_a_device_is_chosen_by_name():
     assert choose_device("cpu") == CPU
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="no device 'abacus'"):
-        choose_device("abacus")
-    assert choose_precision(CPU) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_named(name):
+    with pytest.raises(UserError, match=rf"no device '{name}' here \(.+\): try --device auto"):
+        choose_device(name)
+
+
+def test_auto_takes_the_fastest_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -25,16 +38,30 @@ def test_devices():
         (True, True, "Intel Xeon", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_precision_is_what_the_units_are_fast_in(monkeypatch, amx, avx512_bf16, cpu, convolutions, products):
+def test_precision_is_what_the_matrix_units_of_a_cpu_are_fast_in(
+    monkeypatch, amx, avx512_bf16, cpu, convolutions, products
+):
     monkeypatch.setattr(device, "_bfloat16_units", lambda: (amx, avx512_bf16))
     monkeypatch.setattr(device, "cpu_name", lambda: cpu)
     assert choose_precision(CPU) == convolutions
     assert choose_product_precision() == products
 
 
-def test_threads_come_back():
+def test_precision_of_this_cpu():
+    assert choose_precision(CPU) in (torch.float32, torch.bfloat16)
+    assert choose_product_precision() in (torch.float32, torch.bfloat16)
+
+
+def test_autocast_is_on_for_16_bits_only():
+    matrix = torch.ones(2, 2)
+    for precision in (torch.float32, torch.bfloat16):
+        with autocast(CPU, precision):
+            assert (matrix @ matrix).dtype == precision
+
+
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), one_thread_each() as threads:
+    with pytest.raises(KeyError), limit_torch_threads() as threads:
         assert threads == before
         assert torch.get_num_threads() == 1
         raise KeyError

@@ -29,7 +29,7 @@ GOOD = zipped({"PetImages/Cat/1.jpg": PHOTO, "PetImages/Dog/1.jpg": PHOTO[::-1],
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`: path -> (status, body); breaks off after `break_after` bytes of an answer, `breaks` times."""
+    """Serves `files`, path -> (status, body); closes the connection after `break_after` bytes, `breaks` times."""
 
     daemon_threads = True
 
@@ -37,7 +37,10 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, tuple[int, bytes]] = {}
         self.breaks, self.break_after, self.ranges_work = 0, 0, True
-        self.asked: list[tuple[str, str | None]] = []
+        self.requests: list[tuple[str, str | None]] = []
+
+    def handle_error(self, request, client_address):
+        pass  # the client hung up
 
     def address(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -46,7 +49,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, wanted = self.server, self.headers.get("Range")
-        server.asked.append((self.path, wanted))
+        server.requests.append((self.path, wanted))
         status, body = server.files.get(self.path, (404, b""))
         begin = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges_work else 0
         if begin and begin >= len(body):
@@ -72,7 +75,7 @@ def server(monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server() as running:
         running.files["/archive.zip"] = (200, GOOD)
-        Thread(target=running.serve_forever, daemon=True).start()
+        Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
         running.shutdown()
 
@@ -96,13 +99,13 @@ def test_downloads_and_unpacks(server, home):
     ]
     assert (folder / "PetImages/Cat/1.jpg").read_bytes() == PHOTO
     assert download.download(home, [server.address("/archive.zip")]) == folder
-    assert len(server.asked) == 1  # not again
+    assert len(server.requests) == 1  # not again
 
 
-def test_a_break_in_the_middle_is_resumed(server, home):
+def test_a_lost_connection_is_resumed(server, home):
     server.breaks, server.break_after = 2, 200_000
     folder = download.download(home, [server.address("/archive.zip")])
-    assert server.asked == [
+    assert server.requests == [
         ("/archive.zip", None),
         ("/archive.zip", "bytes=200000-"),
         ("/archive.zip", "bytes=400000-"),
@@ -110,28 +113,28 @@ def test_a_break_in_the_middle_is_resumed(server, home):
     assert (folder / "PetImages/Dog/1.jpg").read_bytes() == PHOTO[::-1]
 
 
-def test_a_server_that_cannot_resume_starts_anew(server, home):
+def test_a_server_that_cannot_resume_starts_again(server, home):
     server.breaks, server.break_after, server.ranges_work = 1, 200_000, False
     folder = download.download(home, [server.address("/archive.zip")])
     assert (folder / "PetImages/Cat/1.jpg").read_bytes() == PHOTO
 
 
-def test_a_download_that_does_not_go_on_is_resumed_the_next_time(server, home):
+def test_a_download_that_fails_for_good_is_resumed_by_the_next_call(server, home):
     part = home / ".cache" / "127.0.0.1-archive.zip.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(GOOD[:150_000])
     server.breaks = 99  # each time before the first byte
-    with pytest.raises(UserError, match="broke off"):
+    with pytest.raises(UserError, match="the connection was lost"):
         download.download(home, [server.address("/archive.zip")])
     assert everything(home) == [".cache/127.0.0.1-archive.zip.part"]
     assert part.stat().st_size == 150_000
     server.breaks = 0
     download.download(home, [server.address("/archive.zip")])
-    assert server.asked[-1] == ("/archive.zip", "bytes=150000-")
+    assert server.requests[-1] == ("/archive.zip", "bytes=150000-")
     assert not part.exists()
 
 
-def test_what_lies_here_and_does_not_fit_is_thrown_away(server, home):
+def test_a_beginning_that_does_not_fit_is_discarded(server, home):
     part = home / ".cache" / "127.0.0.1-archive.zip.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"x" * (len(GOOD) + 5))  # longer than the archive: the server answers 416
@@ -139,11 +142,11 @@ def test_what_lies_here_and_does_not_fit_is_thrown_away(server, home):
     assert (folder / "PetImages/Cat/1.jpg").read_bytes() == PHOTO
 
 
-def test_where_one_address_refuses_the_next_is_asked(server, home):
+def test_where_one_address_refuses_the_next_is_tried(server, home):
     server.files["/forbidden.zip"] = (403, b"no")
     folder = download.download(home, [server.address("/forbidden.zip"), server.address("/archive.zip")])
     assert folder.is_dir()
-    assert [path for path, _ in server.asked] == ["/forbidden.zip", "/archive.zip"]
+    assert [path for path, _ in server.requests] == ["/forbidden.zip", "/archive.zip"]
 
 
 def test_where_none_answers_it_says_what_to_do_by_hand(server, home):
@@ -191,14 +194,14 @@ def linked() -> bytes:
     + [linked()],
     ids=["dots", "root", "backslashes", "drive", "link"],
 )
-def test_a_zip_that_tries_to_escape_is_refused_whole(server, home, body, tmp_path):
+def test_a_zip_that_tries_to_escape_is_refused_entirely(server, home, body, tmp_path):
     server.files["/archive.zip"] = (200, body)
     with pytest.raises(UserError, match="outside its folder"):
         download.download(home, [server.address("/archive.zip")])
     assert everything(tmp_path) == []
 
 
-def test_an_archive_that_does_not_fit_is_not_begun(server, home, monkeypatch):
+def test_an_archive_that_does_not_fit_on_the_disk_is_not_downloaded(server, home, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="don't fit on the disk"):
         download.download(home, [server.address("/archive.zip")])
@@ -215,7 +218,7 @@ def test_an_interrupt_while_unpacking_leaves_no_folder(server, home, monkeypatch
             download.download(home, [server.address("/archive.zip")])
     assert everything(home) == [".cache/127.0.0.1-archive.zip"]
     download.download(home, [server.address("/archive.zip")])
-    assert len(server.asked) == 1  # what was downloaded is not downloaded again
+    assert len(server.requests) == 1  # what was downloaded is not downloaded again
 
 
 def test_from_the_shell_without_a_network(home, offline):

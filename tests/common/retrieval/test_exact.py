@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
-from common.retrieval import exact as knn
-from common.retrieval.exact import CosineKNN, normalise
+from common.retrieval import exact
+from common.retrieval.exact import CosineKNN, normalize
 
 
 def brute_force(gallery, queries, k):
     """Float64, photo by photo, ties to the lower index."""
-    gallery, queries = normalise(gallery).astype(np.float64), normalise(queries).astype(np.float64)
+    gallery, queries = normalize(gallery).astype(np.float64), normalize(queries).astype(np.float64)
     similarities = np.stack([(gallery * query).sum(axis=1) for query in queries])
     indices = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(similarities, indices, axis=1), indices
@@ -31,13 +31,13 @@ def test_neighbours_on_a_circle():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 12), st.integers(1, 9), st.booleans())
-def test_same_neighbours_as_float64_brute_force(seed, count, dimension, asking, close):
+def test_same_neighbours_as_float64_brute_force(seed, count, dim, num_queries, close):
     rng = np.random.default_rng(seed)
-    gallery = rng.normal(size=(count, dimension)).astype(np.float32)
+    gallery = rng.normal(size=(count, dim)).astype(np.float32)
     if close:  # nearly equal photos and copies of photos
         gallery = gallery[:1] + 1e-6 * gallery
         gallery = gallery[rng.integers(count, size=count)]
-    queries = rng.normal(size=(asking, dimension)).astype(np.float32)
+    queries = rng.normal(size=(num_queries, dim)).astype(np.float32)
     k = int(rng.integers(1, count + 1))
     similarities, indices = CosineKNN(gallery).search(queries, k)
     expected, expected_indices = brute_force(gallery, queries, k)
@@ -46,11 +46,11 @@ def test_same_neighbours_as_float64_brute_force(seed, count, dimension, asking, 
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("centre", [1.0, 0.0, -1.0])  # similarities mostly positive, of both signs, negative
-def test_rounding_before_the_search_changes_no_neighbour(monkeypatch, precision, centre):
-    monkeypatch.setattr(knn, "choose_product_precision", lambda: precision)
+@pytest.mark.parametrize("center", [1.0, 0.0, -1.0])  # similarities mostly positive, of both signs, negative
+def test_rounding_before_the_search_changes_no_neighbour(monkeypatch, precision, center):
+    monkeypatch.setattr(exact, "choose_product_precision", lambda: precision)
     rng = np.random.default_rng(5)
-    gallery, queries = rng.normal(size=(3000, 32)) + 1, rng.normal(size=(300, 32)) + centre
+    gallery, queries = rng.normal(size=(3000, 32)) + 1, rng.normal(size=(300, 32)) + center
     gallery[1000:1500] = gallery[0] + 1e-4 * gallery[1000:1500]  # 500 photos that bfloat16 can't tell apart
     queries[0] = gallery[0]
     similarities, indices = CosineKNN(gallery).search(queries, 100)
@@ -64,15 +64,15 @@ def test_blocks_give_what_one_product_gives(monkeypatch):
     gallery, queries = rng.normal(size=(500, 16)), rng.normal(size=(70, 16))
     gallery[400:450] = gallery[:50]  # equal photos in different blocks
     whole = CosineKNN(gallery).search(queries, 20)
-    monkeypatch.setattr(knn, "GALLERY_BLOCK", 64)
-    monkeypatch.setattr(knn, "QUERY_BLOCK", 10)
+    monkeypatch.setattr(exact, "GALLERY_BLOCK", 64)
+    monkeypatch.setattr(exact, "QUERY_BLOCK", 10)
     blocks = CosineKNN(gallery).search(queries, 20)
     assert blocks[1].tolist() == whole[1].tolist() == brute_force(gallery, queries, 20)[1].tolist()
 
 
 def test_copies_in_different_blocks_come_in_order_of_index(monkeypatch):
     """The first block's two copies are compared in float64, the second's one in float32 at first."""
-    monkeypatch.setattr(knn, "GALLERY_BLOCK", 64)
+    monkeypatch.setattr(exact, "GALLERY_BLOCK", 64)
     rng = np.random.default_rng(6)
     gallery, queries = rng.normal(size=(130, 100)), rng.normal(size=(200, 100))
     gallery[[1, 70, 100]] = gallery[0]
@@ -85,9 +85,9 @@ def test_copies_in_different_blocks_come_in_order_of_index(monkeypatch):
 
 def test_equal_photos_come_in_order_of_index():
     gallery = np.tile(np.random.default_rng(1).normal(size=512), (50, 1))
-    for at_once in (1, 3, 40):
-        _, indices = CosineKNN(gallery).search(gallery[:at_once], 7)
-        assert indices.tolist() == [[0, 1, 2, 3, 4, 5, 6]] * at_once
+    for num_queries in (1, 3, 40):
+        _, indices = CosineKNN(gallery).search(gallery[:num_queries], 7)
+        assert indices.tolist() == [[0, 1, 2, 3, 4, 5, 6]] * num_queries
 
 
 def test_a_query_of_the_gallery_is_left_out_by_its_index():
@@ -112,7 +112,7 @@ def test_ranking_is_the_search_to_the_end():
     gallery, queries = rng.normal(size=(90, 8)), rng.normal(size=(11, 8))
     gallery[40] = gallery[7]
     gallery[60] = 0  # similarity 0, of either sign
-    ranking = np.concatenate([part for _, part in CosineKNN(gallery).rank(queries)])
+    ranking = np.concatenate([chunk for _, chunk in CosineKNN(gallery).rank(queries)])
     assert ranking.tolist() == brute_force(gallery, queries, 90)[1].tolist()
 
 
@@ -129,9 +129,9 @@ def test_memory_stays_bounded():
 def test_what_cannot_be_searched_is_refused():
     index = CosineKNN(np.eye(3))
     for k in (0, 4):
-        with pytest.raises(ValueError, match="from 1 to 3"):
+        with pytest.raises(ValueError, match=f"k is {k}: the gallery allows 1 to 3"):
             index.search(np.eye(3), k)
-    with pytest.raises(ValueError, match="from 1 to 2"):
+    with pytest.raises(ValueError, match="the gallery allows 1 to 2"):
         index.search(np.eye(3), 3, exclude=np.arange(3))
     with pytest.raises(ValueError, match=r"\[Q, 3\]"):
         index.search(np.eye(4), 1)
@@ -142,7 +142,7 @@ def test_what_cannot_be_searched_is_refused():
     assert CosineKNN(np.eye(3)).search(np.empty((0, 3)), 2)[1].shape == (0, 2)
 
 
-def test_normalise():
-    unit = normalise(np.array([[3, 4], [0, 0]]))
+def test_normalize():
+    unit = normalize(np.array([[3, 4], [0, 0]]))
     assert unit == pytest.approx(np.array([[0.6, 0.8], [0, 0]]))
     assert unit.dtype == np.float32

@@ -18,7 +18,7 @@ from torchmetrics.functional.retrieval import (
 
 from common.retrieval import metrics
 
-# The case worked out by hand: relevance 1 0 1 1 0, and 10 photos of the gallery are relevant.
+# The case worked out by hand: relevance 1 0 1 1 0, with 10 relevant photos in the gallery.
 HAND = np.array([[1, 0, 1, 1, 0]], bool)
 TEN = np.array([10])
 
@@ -81,7 +81,7 @@ def test_equal_to_torchmetrics(relevance, data):
         recall = retrieval_recall(scores, target, top_k=k).item()
         assert metrics.recall_at_k(relevance, total, k)[0] == pytest.approx(recall)
         assert metrics.r_precision(relevance, total)[0] == pytest.approx(retrieval_r_precision(scores, target).item())
-        # torchmetrics divides by the hits among the first k, ours by min(k, relevant)
+        # torchmetrics divides by the hits among the first k, ours by min(k, num_relevant)
         hits = relevance[0, :k].sum()
         theirs = retrieval_average_precision(scores, target, top_k=k).item() * hits / min(k, total[0])
         assert metrics.average_precision_at_k(relevance, total, k)[0] == pytest.approx(theirs)
@@ -108,10 +108,10 @@ def test_equal_to_pytorch_metric_learning(seed):
     theirs = calculator.get_accuracy(*map(torch.from_numpy, (queries, labels, gallery, gallery_labels)))
     distances = ((queries[:, None] - gallery[None]) ** 2).sum(axis=2)
     relevance = gallery_labels[distances.argsort(axis=1)] == labels[:, None]
-    relevant = np.full(20, 20)
+    num_relevant = np.full(20, 20)
     assert metrics.precision_at_k(relevance, 1).mean() == pytest.approx(theirs["precision_at_1"])
-    assert metrics.r_precision(relevance, relevant).mean() == pytest.approx(theirs["r_precision"])
-    at_r = metrics.average_precision_at_r(relevance, relevant).mean()
+    assert metrics.r_precision(relevance, num_relevant).mean() == pytest.approx(theirs["r_precision"])
+    at_r = metrics.average_precision_at_r(relevance, num_relevant).mean()
     assert at_r == pytest.approx(theirs["mean_average_precision_at_r"])
 
 

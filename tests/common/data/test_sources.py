@@ -1,0 +1,79 @@
+import pytest
+
+from common.config import UserError
+from common.data import sources
+from common.data.folders import find_photos
+from common.data.photos import load_photos
+from common.data.sources import locate_photos, require_folder
+from common.data.synthetic import draw_dataset, is_synthetic
+from tests.common.data.files import tree
+
+
+@pytest.fixture
+def four_images(monkeypatch):
+    """Synthetic data sets are small; how often one was drawn."""
+    drawn = []
+
+    def draw_four(folder):
+        drawn.append(folder)
+        return draw_dataset(folder, count=4)
+
+    monkeypatch.setattr(sources.synthetic, "draw_dataset", draw_four)
+    return drawn
+
+
+def refuse(home):
+    raise UserError("no network")
+
+
+def test_auto_takes_the_photos_in_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.download, "download", refuse)
+    tree(tmp_path, "mine/a/1.png", ".cache/b/1.png")
+    assert locate_photos("auto", tmp_path) == tmp_path
+    assert [path for path, _ in find_photos(tmp_path)] == ["mine/a/1.png"]
+
+
+def test_auto_downloads_where_there_are_none(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sources.download, "download", lambda home: asked.append(home) or home / "cats-and-dogs")
+    assert locate_photos("auto", tmp_path) == tmp_path
+    assert asked == [tmp_path]
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_draws_synthetic_images_and_says_so_where_there_is_nothing_else(
+    tmp_path, monkeypatch, capsys, four_images
+):
+    monkeypatch.setattr(sources.download, "download", refuse)
+    folder = locate_photos("auto", tmp_path)
+    assert is_synthetic(folder)
+    out = capsys.readouterr().out
+    assert "NO REAL PHOTOS: no network\n" in out
+    assert "Continuing with synthetic images: the results say nothing about real photos." in out
+    assert load_photos(folder).name == "synthetic cats and dogs 1"
+    assert locate_photos("synthetic", tmp_path) == folder
+    assert four_images == [folder]  # drawn once
+    assert folder.parent == tmp_path / ".cache"  # where "auto" does not take them for the user's photos
+
+
+def test_synthetic_images_on_request_are_drawn_without_a_word_about_real_ones(tmp_path, capsys, four_images):
+    folder = locate_photos("synthetic", tmp_path / "data")
+    assert len(load_photos(folder)) == 4
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path):
+    assert locate_photos(str(tmp_path)) == require_folder(tmp_path) == tmp_path
+    with pytest.raises(UserError, match="x is not a folder"):
+        locate_photos(str(tmp_path / "x"))
+    (tmp_path / "file.jpg").write_text("")
+    with pytest.raises(UserError, match=r"file\.jpg is not a folder"):
+        require_folder(tmp_path / "file.jpg")
+
+
+def test_the_former_name_of_the_synthetic_images_gives_the_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^--data sample is called --data synthetic now$"):
+        locate_photos("sample")
+    tree(tmp_path / "sample", "a/1.png")
+    assert locate_photos("sample").resolve() == tmp_path.resolve() / "sample"  # unless there is such a folder

@@ -1,0 +1,98 @@
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from common.config import UserError
+from common.data import web
+from common.data.web import fetch_photo, is_public
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/photo.jpg":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"photo")
+        elif self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+        else:
+            self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    """The address of a server on this machine."""
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def all_public(monkeypatch):
+    """This machine counts as public."""
+    monkeypatch.setattr(web, "is_public", lambda address: True)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2001:4860:4860::8888", True),
+        ("127.0.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("::ffff:10.0.0.1", False),
+        ("224.0.0.1", False),
+    ],
+)
+def test_which_addresses_are_public(address, public):
+    assert is_public(address) == public
+
+
+def test_addresses_that_only_this_machine_reaches_are_refused(server):
+    hosts = ("http://localhost/a.jpg", "http://10.0.0.1/", "http://[::1]/", "http://0.0.0.0/")
+    for address in (f"{server}/photo.jpg", *hosts):
+        with pytest.raises(UserError, match="not a public address"):
+            fetch_photo(address)
+
+
+def test_a_photo_is_fetched_directly_and_by_a_redirect(server, all_public):
+    assert fetch_photo(f"{server}/photo.jpg") == b"photo"
+    assert fetch_photo(f"{server}/to/{server}/photo.jpg") == b"photo"
+
+
+def test_a_redirect_to_an_address_of_this_machine_is_refused(server, monkeypatch):
+    monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.1")  # the server itself may be asked
+    with pytest.raises(UserError, match=r"10\.0\.0\.1, which is not a public address"):
+        fetch_photo(f"{server}/to/http://10.0.0.1/photo.jpg")
+
+
+def test_what_a_server_does_not_give_is_an_error(server, all_public):
+    with pytest.raises(UserError, match="the server answered 404"):
+        fetch_photo(f"{server}/nothing")
+    with pytest.raises(UserError, match="the server answered 302"):  # other schemes are not followed
+        fetch_photo(f"{server}/to/file:///etc/passwd")
+
+
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://8.8.8.8/photo.jpg"])
+def test_only_http_and_https_are_opened(address):
+    with pytest.raises(UserError, match="only http and https addresses can be fetched"):
+        fetch_photo(address)
+
+
+def test_a_file_above_the_limit_is_refused(server, all_public, monkeypatch):
+    monkeypatch.setattr(web, "LIMIT", 5)
+    assert fetch_photo(f"{server}/photo.jpg") == b"photo"
+    monkeypatch.setattr(web, "LIMIT", 4)
+    with pytest.raises(UserError, match="larger than"):
+        fetch_photo(f"{server}/photo.jpg")

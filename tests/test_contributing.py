@@ -1,0 +1,74 @@
+"""The worked example of CONTRIBUTING.md: one new file is trained, searched, compared and shown in the page."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from benchmarks.page import search
+from tests.conftest import ROOT
+
+EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+@pytest.fixture
+def environment(tmp_path, offline):
+    """`toy.py` lies where a contributor would put it: on the path of the scripts, beside them."""
+    (tmp_path / "toy.py").write_text(EXAMPLE)
+    return {**offline, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+
+
+def test_the_example_is_short():
+    assert len(EXAMPLE.splitlines()) < 60
+
+
+def test_one_file_is_a_new_approach(tmp_path, environment, synthetic_photos):
+    def run(script, *arguments):
+        command = [sys.executable, str(script), *arguments]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    run(tmp_path / "toy.py", "--data", str(synthetic_photos), "--learning-rate", "0.01")
+    result = json.loads((tmp_path / "results" / "toy.json").read_text())
+    assert result["history"][1]["loss"] < result["history"][0]["loss"]
+    assert result["model"]["embedding_dim"] == 64
+    assert result["config"]["learning_rate"] == 0.01
+
+    photo = next(synthetic_photos.rglob("*.jpg"))
+    found = run(ROOT / "search.py", str(photo), "--approach", "toy")
+    assert len(re.findall(r"^ +\d  \d\.\d{3}  (?:cat|dog)  ", found, re.MULTILINE)) == 5
+    assert "[toy](toy.py) (synthetic images)" in run(ROOT / "compare.py")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--no-open-browser"]
+    served = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+                break
+            except OSError:
+                assert served.poll() is None
+                time.sleep(0.1)
+        search(f"http://127.0.0.1:{port}/gradio_api", photo.read_bytes(), "toy")  # raises if nothing is found
+    finally:
+        served.terminate()
+        served.wait()
+
+
+def test_a_checkpoint_without_its_script_is_named(run_script, tmp_path, trained, synthetic_photos):
+    (tmp_path / "results").mkdir()
+    shutil.copy(trained / "siamese.pt", tmp_path / "results" / "gone.pt")
+    ended = run_script("search.py", str(next(synthetic_photos.rglob("*.jpg"))))
+    assert ended.returncode == 2
+    assert "was written by gone.py, which is missing" in ended.stderr
