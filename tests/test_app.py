@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app import edges_about, part_of
+from app import edges_around, region_from_sliders
 from tests.conftest import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -82,72 +82,72 @@ def give(page, path):
 
 def wait_for_photos(page, approach, count):
     page.wait_for_function(
-        "([id, count]) => document.querySelectorAll(`#found-${id} .grid-container img`).length === count",
+        "([id, count]) => document.querySelectorAll(`#results-${id} .grid-container img`).length === count",
         arg=[approach, count],
     )
 
 
 @browser_test
-def test_upload_switch_and_search_on(page, drawn):
-    photo = sorted(drawn.rglob("*.jpg"))[7]
+def test_upload_switch_and_search_on(page, synthetic_photos):
+    photo = sorted(synthetic_photos.rglob("*.jpg"))[7]
     give(page, photo)
     wait_for_photos(page, "siamese", 10)
-    said = page.inner_text("#said-siamese")
-    assert "siamese network" in said
-    assert "say" in said
+    said = page.inner_text("#text-siamese")
+    assert "siamese" in said
+    assert " are " in said
     assert "decode" in said
 
     page.get_by_label("autoencoder").check()
     wait_for_photos(page, "autoencoder", 10)
-    assert not page.is_visible("#found-siamese")
+    assert not page.is_visible("#results-siamese")
 
     page.get_by_label("all side by side").check()
     for approach in ("siamese", "autoencoder", "cnn_feature_extraction"):
         wait_for_photos(page, approach, 10)
-    caption = page.inner_text("#found-siamese .caption-label >> nth=0")
+    caption = page.inner_text("#results-siamese .caption-label >> nth=0")
     assert caption.split()[0] in ("cat", "dog")
 
-    page.click("#found-siamese .grid-container button >> nth=2")
+    page.click("#results-siamese .grid-container button >> nth=2")
     page.wait_for_function(
-        "() => document.querySelector('#said-siamese').innerText.includes('The photo itself is in the gallery')"
+        "() => document.querySelector('#text-siamese').innerText.includes('The same file is in the gallery')"
     )
     wait_for_photos(page, "siamese", 10)
 
 
 @browser_test
-def test_sliders_by_keyboard_alone(page, drawn):
-    page.click("#part button >> nth=0")  # before the photo: for a moment after it opens, its sliders are set anew
-    give(page, next(drawn.rglob("*.jpg")))
+def test_sliders_by_keyboard_alone(page, synthetic_photos):
+    page.click("#edges button >> nth=0")  # before the photo: for a moment after it opens, its sliders are set anew
+    give(page, next(synthetic_photos.rglob("*.jpg")))
     wait_for_photos(page, "siamese", 10)
     page.locator("#k input[type=range]").press("ArrowRight")
     wait_for_photos(page, "siamese", 11)
-    page.locator("#part input[type=range] >> nth=0").press("PageUp")
-    page.wait_for_selector("#looked img")
+    page.locator("#edges input[type=range] >> nth=0").press("PageUp")
+    page.wait_for_selector("#region img")
 
 
 @browser_test
-def test_a_part_by_a_click_and_the_whole_again(page, drawn):
+def test_a_region_by_a_click_and_the_whole_photo_again(page, synthetic_photos):
     def edges():
-        return [int(page.locator("#part input[type=range]").nth(slider).input_value()) for slider in range(4)]
+        return [int(page.locator("#edges input[type=range]").nth(slider).input_value()) for slider in range(4)]
 
-    photos = sorted(drawn.rglob("*.jpg"))
+    photos = sorted(synthetic_photos.rglob("*.jpg"))
     give(page, photos[0])
     wait_for_photos(page, "siamese", 10)
     page.click("#photo img")  # in its middle
-    page.wait_for_selector("#looked img")
-    page.click("#part button >> nth=0")
-    page.wait_for_selector("#part input[type=range]")
+    page.wait_for_selector("#region img")
+    page.click("#edges button >> nth=0")
+    page.wait_for_selector("#edges input[type=range]")
     assert edges() == pytest.approx([25, 75, 25, 75], abs=2)  # a mouse points at whole pixels
     page.click("#whole")
-    page.wait_for_selector("#looked", state="hidden")
+    page.wait_for_selector("#region", state="hidden")
     assert edges() == [0, 100, 0, 100]
 
     page.click("#photo img")  # in its middle
-    page.wait_for_selector("#looked img")
-    page.click("#found-siamese .grid-container button >> nth=2")  # another photo, which counts as a whole
-    page.wait_for_selector("#looked", state="hidden")
+    page.wait_for_selector("#region img")
+    page.click("#results-siamese .grid-container button >> nth=2")  # another photo, which counts as a whole
+    page.wait_for_selector("#region", state="hidden")
     page.wait_for_function(
-        "() => document.querySelector('#said-siamese').innerText.includes('The photo itself is in the gallery')"
+        "() => document.querySelector('#text-siamese').innerText.includes('The same file is in the gallery')"
     )
     assert edges() == [0, 100, 0, 100]
 
@@ -177,8 +177,8 @@ def bomb(path):
 
 
 @browser_test
-def test_bad_files_get_a_sentence_and_the_page_lives_on(page, drawn, tmp_path):
-    photo = next(drawn.rglob("*.jpg"))
+def test_bad_files_get_a_sentence_and_the_page_lives_on(page, synthetic_photos, tmp_path):
+    photo = next(synthetic_photos.rglob("*.jpg"))
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "truncated.jpg").write_bytes(photo.read_bytes()[:2000])
     bomb(tmp_path / "bomb.png")
@@ -189,43 +189,43 @@ def test_bad_files_get_a_sentence_and_the_page_lives_on(page, drawn, tmp_path):
     ):
         give(page, tmp_path / name)
         page.wait_for_function("told => document.querySelector('#status').innerText.includes(told)", arg=told)
-        assert not page.is_visible("#found-siamese")
+        assert not page.is_visible("#results-siamese")
         page.get_by_label("Remove Image").click()
     give(page, photo)
     wait_for_photos(page, "siamese", 10)
 
 
 @browser_test
-def test_a_file_that_is_too_large(page, drawn, tmp_path):
+def test_a_file_that_is_too_large(page, synthetic_photos, tmp_path):
     (tmp_path / "large.jpg").write_bytes(bytes(6_000_000))
     give(page, tmp_path / "large.jpg")
     page.wait_for_function("() => /exceed|too large|size/i.test(document.body.innerText)")
     page.reload()
     page.wait_for_selector("#photo input[type=file]", state="attached")
-    give(page, next(drawn.rglob("*.jpg")))
+    give(page, next(synthetic_photos.rglob("*.jpg")))
     wait_for_photos(page, "siamese", 10)
 
 
 @browser_test
-def test_other_kinds_of_photos(page, drawn, tmp_path):
-    photo = Image.open(next(drawn.rglob("*.jpg")))
+def test_other_kinds_of_photos(page, synthetic_photos, tmp_path):
+    photo = Image.open(next(synthetic_photos.rglob("*.jpg")))
     photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
     photo.save(tmp_path / "moving.gif", save_all=True, append_images=[photo.rotate(90)])
     for name in ("cmyk.jpg", "moving.gif"):
         give(page, tmp_path / name)
         wait_for_photos(page, "siamese", 10)
         page.get_by_label("Remove Image").click()
-        page.wait_for_selector("#found-siamese", state="hidden")
+        page.wait_for_selector("#results-siamese", state="hidden")
 
 
 @browser_test
-def test_on_a_phone_and_in_the_dark(browser, address, drawn):
+def test_on_a_phone_and_in_the_dark(browser, address, synthetic_photos):
     context = browser.new_context(viewport={"width": 375, "height": 700}, color_scheme="dark")
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(address)
     page.wait_for_selector("#photo input[type=file]", state="attached")
-    give(page, next(drawn.rglob("*.jpg")))
+    give(page, next(synthetic_photos.rglob("*.jpg")))
     wait_for_photos(page, "siamese", 10)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)")
@@ -248,18 +248,18 @@ def test_no_file_outside_the_gallery_can_be_read(address, trained, tmp_path):
     event = json.load(urllib.request.urlopen(asking, timeout=10))["event_id"]
     answer = urllib.request.urlopen(f"{address}gradio_api/call/search/{event}", timeout=30).read().decode()
     assert "event: error" in answer
-    assert "say" not in answer
+    assert "photos searched" not in answer
 
 
-def test_the_part_that_is_looked_for():
-    assert part_of(0, 100, 0, 100) == (0.0, 0.0, 1.0, 1.0)
-    assert part_of(80, 20, 10, 90) == (0.2, 0.1, 0.8, 0.9)  # sliders that have crossed
-    assert part_of(100, 100, 50, 50) == pytest.approx((0.95, 0.5, 1.0, 0.55))
+def test_the_query_region_from_sliders():
+    assert region_from_sliders(0, 100, 0, 100) == (0.0, 0.0, 1.0, 1.0)
+    assert region_from_sliders(80, 20, 10, 90) == (0.2, 0.1, 0.8, 0.9)  # sliders that have crossed
+    assert region_from_sliders(100, 100, 50, 50) == pytest.approx((0.95, 0.5, 1.0, 0.55))
 
 
-def test_the_part_about_a_click():
-    assert edges_about((100, 60), (200, 100)) == [25, 75, 35, 85]
-    assert edges_about((0, 99), (200, 100)) == [0, 50, 50, 100]  # moved into the photo
+def test_the_query_region_around_a_click():
+    assert edges_around((100, 60), (200, 100)) == [25, 75, 35, 85]
+    assert edges_around((0, 99), (200, 100)) == [0, 50, 50, 100]  # moved into the photo
 
 
 def test_nothing_trained_yet(run_script):

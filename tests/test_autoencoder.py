@@ -11,15 +11,17 @@ from sklearn.decomposition import PCA
 from torchvision import models
 
 import autoencoder
-from autoencoder import Autoencoder, Config, features_to_rebuild, reconstruct, whiten
+from autoencoder import NO_TEACHER, Autoencoder, Config, load_teacher, reconstruct, whiten
 from common.data.photos import load_photos
 from common.models.backbones import load_backbone
+from common.models.decoded import DecodedPhotos
+from common.report.run import Run
 
 SMALL = ("--backbone", "squeezenet1_1", "--image-size", "32", "--view-size", "32", "--width", "8", "--epochs", "2")
 
 
 def test_shapes():
-    network = Autoencoder(image_size=64, width=4, dimension=10)
+    network = Autoencoder(image_size=64, width=4, embedding_dim=10)
     rebuilt, bottleneck = network(torch.zeros(3, 3, 48, 48))  # a view may be smaller than the photo
     assert rebuilt.shape == (3, 3, 64, 64)
     assert torch.equal(bottleneck, network.encoder(torch.zeros(3, 3, 48, 48)))
@@ -27,12 +29,9 @@ def test_shapes():
     assert network.encoder(torch.zeros(3, 3, 112, 112)).shape == (3, 10)  # which can't be halved five times
 
 
-def test_pixels_alone_need_no_weights(drawn, tmp_path):
-    photos = load_photos(drawn, None)
-    config = Config(feature_weight=0.0, weights=str(tmp_path / "nowhere.pth"))
-    features, weights = features_to_rebuild(config, photos, torch.device("cpu"), None)
-    assert features.shape == (120, 0)
-    assert weights == "none (pixels alone)"
+def test_pixels_alone_need_no_weights(synthetic_photos, tmp_path):
+    config = Config(data=str(synthetic_photos), feature_weight=0.0, weights=str(tmp_path / "nowhere.pth"), cache="none")
+    assert load_teacher(Run.begin("autoencoder", config, {})) == (None, NO_TEACHER)
 
 
 def test_whitened_features_are_the_principal_components():
@@ -57,61 +56,63 @@ def test_whitening_by_nothing_keeps_the_angles_about_the_mean():
     assert torch.allclose(whitened @ whitened.T, centred @ centred.T, atol=1e-5)
 
 
-def test_an_all_grey_reconstruction_by_hand(drawn):
+def test_an_all_grey_reconstruction_by_hand(synthetic_photos):
     """Of values in [0, 1], each c: the squared error of a photo is the mean of (c - grey)^2."""
-    photos = load_photos(drawn, None).subset(np.arange(3))
-    _, preprocessing, _ = load_backbone("squeezenet1_1", "none", 32, whole_photo=True)
+    photos = load_photos(synthetic_photos).subset(np.arange(3))
+    preprocessing = load_backbone("squeezenet1_1", "none", 32, whole_photo=True).preprocessing
 
     class Grey(torch.nn.Module):
         def forward(self, images):
             return torch.zeros_like(images), None  # the mean colour that the input is normalised by
 
-    scores, picture = reconstruct(Grey(), preprocessing, photos, torch.device("cpu"))
-    squares = [preprocessing.square(Image.open(drawn / path).convert("RGB")) / 255 for path in photos.paths]
-    errors = [np.square(square - preprocessing.mean).mean() for square in squares]
+    scores, picture = reconstruct(Grey(), DecodedPhotos(preprocessing, None), photos, torch.device("cpu"))
+    images = [preprocessing.decode(photos.read(index)) for index in range(3)]
+    pixels = [preprocessing.resize_crop(image) / 255 for image in images]
+    errors = [np.square(each - preprocessing.mean).mean() for each in pixels]
     assert scores["mse"] == pytest.approx(np.mean(errors), rel=1e-5)
     assert scores["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-5)
     assert picture.size == (3 * 32, 2 * 32)
 
 
-def test_training_never_sees_the_labels(drawn, tmp_path, monkeypatch):
+def test_training_never_sees_the_labels(synthetic_photos, tmp_path, monkeypatch):
     """With the classes exchanged at random between gallery photos, the very same network comes out."""
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "frozen.pth")
     states = []
-    cut = autoencoder.gallery_and_queries
+    load_photos, train = Run.load_photos, autoencoder.train
 
-    def relabelled(*arguments):
-        gallery, queries = cut(*arguments)
+    def relabelled(self, *consumers):
+        gallery, queries = load_photos(self, *consumers)
         labels = np.random.default_rng(len(states)).permutation(gallery.labels)
         return dataclasses.replace(gallery, labels=labels), queries
 
     class TrainedError(Exception):
         pass
 
-    def stop(embedder_network, *_):
-        states.append(embedder_network.state_dict())
+    def train_and_stop(network, *arguments):
+        train(network, *arguments)
+        states.append(network.state_dict())
         raise TrainedError
 
-    monkeypatch.setattr(autoencoder, "gallery_and_queries", relabelled)
-    trained = autoencoder.train
-
-    def train(name, network, *arguments):
-        trained(name, network, *arguments)
-        stop(network)
-
-    monkeypatch.setattr(autoencoder, "train", train)
+    monkeypatch.setattr(Run, "load_photos", relabelled)
+    monkeypatch.setattr(autoencoder, "train", train_and_stop)
     for turn in range(2):
         small = {"backbone": "squeezenet1_1", "image_size": 32, "view_size": 32, "width": 8, "epochs": 1}
-        places = {"data": str(drawn), "weights": str(tmp_path / "frozen.pth"), "results": str(tmp_path / str(turn))}
+        places = {
+            "data": str(synthetic_photos),
+            "weights": str(tmp_path / "frozen.pth"),
+            "results": str(tmp_path / str(turn)),
+        }
         config = Config(**small, **places, cache="none", device="cpu")
         with pytest.raises(TrainedError):
             autoencoder.main(config)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_run(run_script, drawn, tmp_path):
+def test_a_run(run_script, synthetic_photos, tmp_path):
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "frozen.pth")
-    ended = run_script("autoencoder.py", "--data", str(drawn), "--weights", "frozen.pth", *SMALL, "--batch-size", "9")
+    ended = run_script(
+        "autoencoder.py", "--data", str(synthetic_photos), "--weights", "frozen.pth", *SMALL, "--batch-size", "9"
+    )
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
     assert set(result["history"][0]) >= {"pixels", "features"}
@@ -123,8 +124,8 @@ def test_a_run(run_script, drawn, tmp_path):
     assert Image.open(tmp_path / "results" / "autoencoder.reconstructions.png").size == (12 * 32, 2 * 32)
 
 
-def test_without_weights_the_pixels_alone_teach(run_script, drawn, tmp_path):
-    ended = run_script("autoencoder.py", "--data", str(drawn), *SMALL)
+def test_without_weights_the_pixels_alone_teach(run_script, synthetic_photos, tmp_path):
+    ended = run_script("autoencoder.py", "--data", str(synthetic_photos), *SMALL)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
     assert "features" not in result["history"][0]
@@ -132,7 +133,7 @@ def test_without_weights_the_pixels_alone_teach(run_script, drawn, tmp_path):
     assert "UNTRAINED WEIGHTS" in ended.stdout
 
 
-def test_a_size_that_cannot_be_halved(run_script, drawn):
-    ended = run_script("autoencoder.py", "--data", str(drawn), "--image-size", "100")
+def test_a_size_that_cannot_be_halved(run_script, synthetic_photos):
+    ended = run_script("autoencoder.py", "--data", str(synthetic_photos), "--image-size", "100")
     assert ended.returncode == 2
-    assert "takes a multiple of 16" in ended.stderr
+    assert "image_size is 100: give a multiple of 16" in ended.stderr

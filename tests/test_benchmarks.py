@@ -1,6 +1,9 @@
 """Each benchmark as a user runs it, on few photos: what it writes, not how fast it is."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from benchmarks import measure
 from common.config import UserError
 from common.extras import require
+from tests.conftest import ROOT
 
 NETWORKS = ("squeezenet1_1", "resnet18", "resnet50")
 CASES = {  # name: (arguments, ratios)
@@ -31,10 +35,23 @@ CASES = {  # name: (arguments, ratios)
 }
 
 
+@pytest.fixture
+def run_benchmark(tmp_path, offline, synthetic_photos):
+    """Runs a benchmark as a user does, from the root of the repository, with its results elsewhere."""
+
+    def run(name, *arguments):
+        folders = ("--data", str(synthetic_photos), "--results", str(tmp_path / "results"))
+        command = [sys.executable, "-m", f"benchmarks.{name}", *folders, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=300)
+
+    offline["PYTHONPATH"] = os.pathsep.join((str(ROOT), offline.get("PYTHONPATH", "")))
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_benchmark(run_script, drawn, tmp_path, name):
+def test_a_benchmark(run_benchmark, tmp_path, name):
     arguments, ratios = CASES[name]
-    ended = run_script(f"benchmarks/{name}.py", "--data", str(drawn), "--turns", "1", *arguments)
+    ended = run_benchmark(name, "--repeats", "1", *arguments)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / f"benchmark_{name}.json").read_text())
     assert result["benchmark"] == name
@@ -46,29 +63,33 @@ def test_a_benchmark(run_script, drawn, tmp_path, name):
         assert all(case["largest_difference_in_similarity"] < 2e-6 for case in result["agreement_with_faiss"].values())
 
 
-def test_nothing_to_measure(run_script, drawn):
-    for arguments, told in (
-        (("training.py", "--photos", "0"), "photos is 0: it needs to be 1 or more"),
-        (("exact_search.py", "--weights", "none", "--sizes", "many"), "give whole numbers"),
-    ):
-        script, *flags = arguments
-        ended = run_script(f"benchmarks/{script}", "--data", str(drawn), *flags)
-        assert ended.returncode == 2
-        assert told in ended.stderr
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("training", ("--photos", "0"), "photos is 0: give a value from 2 to"),
+        ("exact_search", ("--weights", "none", "--sizes", "many"), "give whole numbers"),
+        ("embedding", ("--turns", "1"), "--turns is called --repeats now"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_sentence(run_benchmark, name, arguments, message):
+    ended = run_benchmark(name, *arguments)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
-def test_ratios_compare_the_same_turn():
+def test_ratios_compare_the_same_round():
     seconds = {"ours": [1.0, 2.0, 4.0], "plain": [3.0, 4.0, 4.0]}
     assert measure.ratios(seconds, "_here") == {"plain_here": {"median": 2.0, "low": 1.0, "high": 3.0}}
 
 
-def test_turns_leave_out_the_warm_up():
+def test_rounds_leave_out_the_warm_up():
     calls = []
-    sides = {"ours": lambda: calls.append("ours"), "told": lambda: 7.0}
-    seconds = measure.in_turns(sides, 2, "test")
+    contenders = {"ours": lambda: calls.append("ours"), "timed": lambda: 7.0}
+    seconds = measure.interleaved(contenders, 2, "test")
     assert len(calls) == 3
     assert len(seconds["ours"]) == 2
-    assert seconds["told"] == [7.0, 7.0]
+    assert seconds["timed"] == [7.0, 7.0]
 
 
 def test_a_gallery_larger_than_the_photos():

@@ -7,22 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 from PIL import Image
 from torchvision import models
 
-from cnn_feature_extraction import Cosines
+import cnn_feature_extraction
+from cnn_feature_extraction import Config, CosineClassifier
 from tests.conftest import ROOT
 
 SCRIPT = "cnn_feature_extraction.py"
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--view-size", "48")
 
 
-def test_cosines_by_hand():
-    head = Cosines(2, 2, 16.0)
+def test_the_classifier_by_hand():
+    head = CosineClassifier(2, 2, 16.0)
     head.directions.data = torch.tensor([[2.0, 0], [1, 1]])
     unit, logits = head(torch.tensor([[0.0, 3], [5, 0]]))
     assert torch.equal(unit, torch.tensor([[0.0, 1], [1, 0]]))
@@ -33,11 +34,11 @@ def read(folder):
     return json.loads((folder / "results" / "cnn_feature_extraction.json").read_text())
 
 
-def test_a_run_and_a_second_one(run_script, drawn, tmp_path):
-    ended = run_script(SCRIPT, "--data", str(drawn), *SMALL)
+def test_a_run_and_a_second_one(run_script, synthetic_photos, tmp_path):
+    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *SMALL)
     assert ended.returncode == 0, ended.stderr
     assert "weights none (untrained)" in ended.stdout
-    assert "drawn sample 1" in ended.stdout
+    assert "synthetic cats and dogs 1" in ended.stdout
     first = read(tmp_path)
     assert first["dataset"]["gallery"] == 108
     assert first["dataset"]["queries"] == 12
@@ -66,7 +67,7 @@ def test_a_run_and_a_second_one(run_script, drawn, tmp_path):
     precision = sum(sum(flags[:5]) / 5 for flags in relevant.values()) / len(relevant)
     assert precision == pytest.approx(first["metrics"]["precision@5"]["value"])
 
-    ended = run_script(SCRIPT, "--data", str(drawn), *SMALL)
+    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *SMALL)
     assert ended.returncode == 0
     assert "embedding" not in ended.stderr  # all from the cache
     second = read(tmp_path)
@@ -75,14 +76,14 @@ def test_a_run_and_a_second_one(run_script, drawn, tmp_path):
     assert second["dataset"] == first["dataset"]
 
 
-def test_weights_from_a_file_and_queries_from_a_folder(run_script, drawn, tmp_path):
+def test_weights_from_a_file_and_queries_from_a_folder(run_script, synthetic_photos, tmp_path):
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "mine.pth")
     asking = tmp_path / "asking" / "dog"
     asking.mkdir(parents=True)
     for number in range(3):
-        (asking / f"{number}.jpg").write_bytes((drawn / "dog" / f"dog.000{number}.jpg").read_bytes())
+        (asking / f"{number}.jpg").write_bytes((synthetic_photos / "dog" / f"dog.000{number}.jpg").read_bytes())
     options = ("--weights", "mine.pth", "--queries", "asking", "--cache", "none", "--image-size", "64", "--epochs", "0")
-    ended = run_script(SCRIPT, "--data", str(drawn), "--backbone", "squeezenet1_1", *options)
+    ended = run_script(SCRIPT, "--data", str(synthetic_photos), "--backbone", "squeezenet1_1", *options)
     assert ended.returncode == 0, ended.stderr
     result = read(tmp_path)
     assert result["model"]["weights"].startswith("mine.pth, sha256 ")
@@ -92,16 +93,16 @@ def test_weights_from_a_file_and_queries_from_a_folder(run_script, drawn, tmp_pa
     assert not (tmp_path / "data").exists()
 
 
-def real_looking(drawn, folder):
-    """The drawn photos without the mark: for the script, real ones."""
-    for path in drawn.rglob("*.jpg"):
-        target = folder / path.relative_to(drawn)
+def real_looking(synthetic_photos, folder):
+    """The synthetic images without the marker: for the script, real photos."""
+    for path in synthetic_photos.rglob("*.jpg"):
+        target = folder / path.relative_to(synthetic_photos)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
 
 
-def test_real_photos_without_weights_stop(run_script, drawn, tmp_path):
-    real_looking(drawn, tmp_path / "pets")
+def test_real_photos_without_weights_stop(run_script, synthetic_photos, tmp_path):
+    real_looking(synthetic_photos, tmp_path / "pets")
     ended = run_script(SCRIPT, "--data", "pets", "--backbone", "squeezenet1_1")
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
@@ -111,48 +112,77 @@ def test_real_photos_without_weights_stop(run_script, drawn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--data", "nowhere"), "nowhere is not a folder"),
-        (("--data", "sample", "--backbone", "resnet19"), "no classification network 'resnet19'"),
-        (("--data", "sample", "--weights", "x.pth"), "x.pth is neither a file nor weights of resnet18"),
-        (("--data", "sample", "--device", "abacus"), "no device 'abacus'"),
-        (("--data", "sample", "--device", "meta"), "no device 'meta'"),
+        (("--data", "synthetic", "--backbone", "resnet19"), "no classification network 'resnet19'"),
+        (("--data", "synthetic", "--weights", "x.pth"), "x.pth is neither a file nor weights of resnet18"),
+        (("--data", "synthetic", "--device", "abacus"), "no device 'abacus'"),
+        (("--data", "synthetic", "--device", "meta"), "no device 'meta'"),
+        (("--data", "sample"), "--data sample is called --data synthetic now"),
         (("--seed", "-1"), "--seed: '-1' is not a whole number"),
-        (("--results", "file.txt/x", "--data", "drawn", *SMALL), "file.txt"),
+        (("--results", "file.txt/x", "--data", "pets", *SMALL), "file.txt"),
     ],
 )
-def test_mistakes_end_with_2_and_one_sentence(run_script, drawn, tmp_path, arguments, told):
+def test_mistakes_end_with_2_and_one_sentence(run_script, synthetic_photos, tmp_path, arguments, message):
     (tmp_path / "data" / ".cache").mkdir(parents=True)
     (tmp_path / "file.txt").write_text("")
-    if "sample" in arguments:  # not to draw 2,000 photos for a mistake
-        (tmp_path / "data" / ".cache" / "sample-1").symlink_to(drawn)
-    (tmp_path / "drawn").symlink_to(drawn)
+    if "synthetic" in arguments:  # not to draw 2,000 images for a mistake
+        (tmp_path / "data" / ".cache" / "synthetic-1").symlink_to(synthetic_photos)
+    (tmp_path / "pets").symlink_to(synthetic_photos)
     ended = run_script(SCRIPT, *arguments)
     assert ended.returncode == 2, ended.stderr
-    assert told in ended.stderr
+    assert message in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ on Windows")
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGKILL"])  # by name: Windows has no SIGKILL
-def test_stopped_while_embedding(drawn, tmp_path, offline, run_script, stop):
-    slow = ("--data", str(drawn), "--backbone", "vgg16", "--weights", "none", "--image-size", "224")
+def test_stopped_while_embedding(synthetic_photos, tmp_path, offline, run_script, stop):
+    slow = ("--data", str(synthetic_photos), "--backbone", "vgg16", "--weights", "none", "--image-size", "224")
     command = [sys.executable, str(ROOT / SCRIPT), *slow]
     with subprocess.Popen(
         command, cwd=tmp_path, env=offline, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     ) as running:
         seen = b""
-        while b"embedding the gallery" not in seen:
+        while b"reading photos:  " not in seen:
             seen += running.stderr.read(1)
         time.sleep(1)
         running.send_signal(getattr(signal, stop))
         _, error = running.communicate(timeout=60)
     assert running.returncode == (130 if stop == "SIGINT" else -9)
     assert b"Traceback" not in error
-    assert list((tmp_path / "results").iterdir()) == []
+    assert list((tmp_path / "results").glob("*")) == []  # the folder may not exist yet
     left = [path.name for path in (tmp_path / "data").rglob("*") if path.is_file()]
-    assert all(name.endswith(".npz") for name in left)
-    ended = run_script(SCRIPT, "--data", str(drawn), *SMALL)
+    assert all(name == "key.txt" or name.endswith(".npy") for name in left)
+    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *SMALL)
     assert ended.returncode == 0
     assert read(tmp_path)["dataset"]["gallery"] == 108
+
+
+def test_a_run_opens_each_photo_once(synthetic_photos, tmp_path, monkeypatch):
+    """From scratch, and with everything in the cache; by the interpreter's own audit of opened files."""
+    opened = Counter()
+    counting = True
+
+    def count(event, arguments):
+        if counting and event == "open" and str(arguments[0]).endswith(".jpg"):
+            opened[str(arguments[0])] += 1
+
+    sys.addaudithook(count)  # stays until the process ends
+    monkeypatch.chdir(tmp_path)
+    small = {"backbone": "squeezenet1_1", "weights": "none", "image_size": 64, "epochs": 0, "device": "cpu"}
+    for _ in range(2):
+        opened.clear()
+        cnn_feature_extraction.main(Config(data=str(synthetic_photos), **small))
+        assert len(opened) == 120
+        assert set(opened.values()) == {1}
+    counting = False
+
+
+def test_a_flag_equal_to_the_default_is_kept_on_synthetic_images(run_script, synthetic_photos, tmp_path):
+    options = ("--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "0", "--image-size", "0")
+    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *options)
+    assert ended.returncode == 0, ended.stderr
+    assert "Quick run on synthetic images: view_size 64 (default: 160)." in ended.stdout
+    assert read(tmp_path)["config"]["image_size"] == 0

@@ -42,17 +42,20 @@ def test_the_best_of_each_column_is_bold(results):
     ("part", "key", "value"),
     [("dataset", "fingerprint", "0" * 64), ("config", "seed", 1), ("config", "split", "validation")],
 )
-def test_what_can_not_be_ranked_is_refused(results, part, key, value):
+def test_what_can_not_be_compared_is_refused(results, part, key, value):
     results["autoencoder"] = copy.deepcopy(results["autoencoder"])
     results["autoencoder"][part][key] = value
-    with pytest.raises(UserError, match=rf"siamese and autoencoder can't be ranked: their {part}\.{key} differs"):
+    with pytest.raises(UserError, match=rf"siamese and autoencoder can't be compared: their {part}\.{key} differs"):
         require_comparable(results)
 
 
-def test_drawn_photos_and_untrained_weights_are_marked(results):
+def test_synthetic_images_and_untrained_weights_are_marked(results):
+    """By dataset.synthetic; results of schema 1 have the name of the data set alone."""
+    results["autoencoder"]["dataset"]["synthetic"] = True
+    assert "[autoencoder](autoencoder.py) (synthetic images) |" in table(results)
     results["siamese"]["dataset"]["name"] = "drawn sample 1"
     results["siamese"]["model"]["weights"] = "none (untrained)"
-    assert "[siamese](siamese.py) (drawn photos, untrained weights)" in table(results)
+    assert "[siamese](siamese.py) (synthetic images, untrained weights)" in table(results)
 
 
 def test_without_matplotlib_the_table_is_written(results, tmp_path, monkeypatch):
@@ -79,8 +82,8 @@ def test_from_the_shell(run_script, trained, tmp_path):
     assert ended.returncode == 0, ended.stderr
     written = (tmp_path / "results" / "comparison.md").read_text(encoding="utf-8")
     assert written in ended.stdout
-    assert "[siamese](siamese.py) (drawn photos, untrained weights)" in written
-    assert "[autoencoder](autoencoder.py) (drawn photos) " in written  # it learns without weights
+    assert "[siamese](siamese.py) (synthetic images, untrained weights)" in written
+    assert "[autoencoder](autoencoder.py) (synthetic images) " in written  # it learns without weights
     for name in ("siamese", "autoencoder", "cnn_feature_extraction"):
         with Image.open(tmp_path / "results" / f"{name}.map.png") as picture:
             assert picture.width > 200

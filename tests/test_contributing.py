@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import urllib.request
 import pytest
 
 from benchmarks.page import search
+from common.models.checkpoint import Checkpoint
 from tests.conftest import ROOT
 
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[1]
@@ -67,8 +67,9 @@ def test_one_file_is_a_new_approach(tmp_path, environment, synthetic_photos):
 
 
 def test_a_checkpoint_without_its_script_is_named(run_script, tmp_path, trained, synthetic_photos):
-    (tmp_path / "results").mkdir()
-    shutil.copy(trained / "siamese.pt", tmp_path / "results" / "gone.pt")
+    checkpoint = Checkpoint.load(trained / "siamese.pt")
+    checkpoint.approach = "gone"
+    checkpoint.save(tmp_path / "results" / "gone.pt")
     ended = run_script("search.py", str(next(synthetic_photos.rglob("*.jpg"))))
     assert ended.returncode == 2
     assert "was written by gone.py, which is missing" in ended.stderr

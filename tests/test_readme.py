@@ -123,7 +123,7 @@ def test_files_and_flags_that_are_named_exist(run_script):
 
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys, synthetic_photos):
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    statements = [line for line in example.splitlines() if line and not line.startswith(("from", "import", "    "))]
+    statements = [line for line in example.splitlines() if line and not line.startswith(("from", "import"))]
     assert len(statements) == 8
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(synthetic_photos)

@@ -1,5 +1,6 @@
 """Small image files, and a consumer of them that needs no network."""
 
+import hashlib
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +36,15 @@ def tree(folder: Path, *paths: str) -> Path:
 def many(folder: Path, count: int) -> Path:
     """A folder with `count` photos of each of the classes a and b."""
     return tree(folder, *(f"{name}/{number}.png" for name in "ab" for number in range(count)))
+
+
+def numbered(folder: Path, count: int) -> Path:
+    """Photos of two classes, each with a file name of its own."""
+    return tree(folder, *(f"{'ab'[number % 2]}/{number}.png" for number in range(count)))
+
+
+def sha256_of(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode()
 
 
 class DecodingConsumer:
