@@ -51,7 +51,8 @@ def test_one_file_is_a_new_approach(tmp_path, environment, synthetic_photos):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--no-open-browser"]
-    served = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    direct = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]}  # Gradio asks itself, which must not use a proxy
+    served = subprocess.Popen(command, cwd=tmp_path, env=direct, stdout=subprocess.DEVNULL)
     try:
         for _ in range(600):
             try:

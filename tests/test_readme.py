@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision import models
 
-from common.report.result_file import SUMMARY
+from common.report.result_file import SUMMARY, summary
 from compare import Config, read_results, table
 from tests.conftest import ROOT
 
@@ -106,8 +106,12 @@ def test_the_validation_runs_are_what_the_log_says():
 
 
 def test_the_output_shown_is_of_the_program():
-    for block in re.findall(r"<!-- (?:on|off)line -->\n(.*?)<!-- /", README, re.DOTALL):
-        assert re.findall(r"^(\w+(?:@\w+)?) +\d\.\d{3}  \d", block, re.MULTILINE) == list(SUMMARY)
+    online, offline = (
+        re.search(rf"<!-- {name} -->\n```\n(.*?)\n```\n", README, re.DOTALL)[1] for name in ("online", "offline")
+    )
+    expected = summary(REFERENCE["cnn_feature_extraction"]).strip("\n").splitlines()
+    assert online.splitlines() == [line.rstrip() for line in expected]
+    assert re.findall(r"^(\w+(?:@\w+)?) +\d\.\d{3}  \d", offline, re.MULTILINE) == list(SUMMARY)
 
 
 def test_files_and_flags_that_are_named_exist(run_script):
