@@ -44,7 +44,7 @@ DECODER_WIDTH = 32  # channels
 UPSAMPLING = 16  # of the decoder's maps: 2 by interpolation, 8 by rearranging channels (PixelShuffle)
 NO_TEACHER = "none (pixels alone)"
 NUM_SHOWN = 12  # photos in the picture of reconstructions
-SYNTHETIC_OVERRIDES = {"image_size": (96, 64), "epochs": (30, 20)}  # default, quick run
+SYNTHETIC_OVERRIDES = {"image_size": (96, 64), "epochs": (30, 20)}  # (default, quick run)
 
 
 @dataclass
@@ -55,9 +55,7 @@ class Config(RunConfig):
     backbone: str = "resnet18"  # whose features are to be matched: any classification network of torchvision
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the backbone's last feature maps; 1: average
-    image_size: Annotated[int, Range(0, 4096)] = (
-        96  # pixels, square, of a photo and its reconstruction; a multiple of 16
-    )
+    image_size: Annotated[int, Range(0, 4096)] = 96  # pixels, square, of photo and reconstruction; a multiple of 16
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     width: Annotated[int, Range(1, 1024)] = 32  # channels of the encoder's first layer; each stage has twice as many
     embedding_dim: Annotated[int, Range(1, 65_536)] = 512  # of the bottleneck; principal components of the features

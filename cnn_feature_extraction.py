@@ -36,7 +36,7 @@ from common.models.preprocessing import Preprocessing
 from common.models.training import Batch, Losses, train
 from common.report.run import Run
 
-SYNTHETIC_OVERRIDES = {"image_size": (0, 96), "view_size": (160, 64)}  # default, quick run
+SYNTHETIC_OVERRIDES = {"image_size": (0, 96), "view_size": (160, 64)}  # (default, quick run)
 
 
 @dataclass

@@ -39,7 +39,7 @@ from common.report.run import Run
 from common.retrieval.verification import verify
 
 CENTER_PHOTOS = 256  # that the projection is centred on
-SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (7, 5)}  # default, quick run
+SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (7, 5)}  # (default, quick run)
 
 
 @dataclass
@@ -49,9 +49,7 @@ class Config(RunConfig):
     # Network
     backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
-    image_size: Annotated[int, Range(0, 4096)] = (
-        224  # pixels, square, of a photo; 0: what the weights were trained with
-    )
+    image_size: Annotated[int, Range(0, 4096)] = 224  # pixels, square; 0: what the weights were trained with
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     embedding_dim: Annotated[int, Range(1, 65_536)] = 256  # of the linear projection

@@ -1,9 +1,13 @@
 """What several tests need: a folder of synthetic images, a small network, and a way to run a script as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,3 +72,26 @@ def run_script(tmp_path: Path, offline: dict[str, str]) -> Callable[..., subproc
         return subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@contextmanager
+def served_page(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """The address of the page of `python app.py`, started in `folder` on a free port, until the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    command = [sys.executable, str(ROOT / "app.py"), "--no-open-browser", "--port", address.split(":")[2][:-1], *flags]
+    with (folder / "page.log").open("w") as log:
+        served = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                assert served.poll() is None, (folder / "page.log").read_text()
+                time.sleep(0.1)
+        yield address
+    finally:
+        served.terminate()
+        served.wait()

@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -15,7 +11,7 @@ import pytest
 from PIL import Image
 
 from app import edges_around, region_from_sliders
-from tests.conftest import ROOT
+from tests.conftest import served_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -30,25 +26,9 @@ browser_test = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium her
 @pytest.fixture(scope="module")
 def address(trained, tmp_path_factory):
     """The page of `python app.py`, served as a user would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ("--port", str(port), "--no-open-browser", "--results", str(trained), "--max-megabytes", "5")
-    folder = tmp_path_factory.mktemp("served")
-    with (folder / "log").open("w") as log:
-        served = subprocess.Popen([sys.executable, ROOT / "app.py", *flags], cwd=folder, stdout=log, stderr=log)
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
-                    break
-                except OSError:
-                    assert served.poll() is None, (folder / "log").read_text()
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            served.terminate()
-            served.wait()
+    flags = ("--results", str(trained), "--max-megabytes", "5")
+    with served_page(tmp_path_factory.mktemp("served"), *flags) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +96,7 @@ def test_upload_switch_and_search_on(page, synthetic_photos):
 
 @browser_test
 def test_sliders_by_keyboard_alone(page, synthetic_photos):
-    page.click("#edges button >> nth=0")  # before the photo: for a moment after it opens, its sliders are set anew
+    page.click("#edges button >> nth=0")  # before the photo: for a moment after it opens, its sliders are reset
     give(page, next(synthetic_photos.rglob("*.jpg")))
     wait_for_photos(page, "siamese", 10)
     page.locator("#k input[type=range]").press("ArrowRight")

@@ -3,17 +3,14 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 
 from benchmarks.page import search
 from common.models.checkpoint import Checkpoint
-from tests.conftest import ROOT
+from tests.conftest import ROOT, served_page
 
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 
@@ -47,24 +44,9 @@ def test_one_file_is_a_new_approach(tmp_path, environment, synthetic_photos):
     assert len(re.findall(r"^ +\d  \d\.\d{3}  (?:cat|dog)  ", found, re.MULTILINE)) == 5
     assert "[toy](toy.py) (synthetic images)" in run(ROOT / "compare.py")
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--no-open-browser"]
-    direct = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]}  # Gradio asks itself, which must not use a proxy
-    served = subprocess.Popen(command, cwd=tmp_path, env=direct, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
-                break
-            except OSError:
-                assert served.poll() is None
-                time.sleep(0.1)
-        search(f"http://127.0.0.1:{port}/gradio_api", photo.read_bytes(), "toy")  # raises if nothing is found
-    finally:
-        served.terminate()
-        served.wait()
+    direct = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]}  # Gradio calls itself, which no proxy may take
+    with served_page(tmp_path, environment=direct) as address:
+        search(f"{address}gradio_api", photo.read_bytes(), "toy")  # raises if nothing is found
 
 
 def test_a_checkpoint_without_its_script_is_named(run_script, tmp_path, trained, synthetic_photos):
