@@ -39,8 +39,8 @@ SPEEDS = {  # how a row of the table begins: (benchmark, ratio)
 }
 
 
-def measured(benchmark: str) -> dict:
-    return json.loads((ROOT / "results" / "reference" / f"benchmark_{benchmark}.json").read_text(encoding="utf-8"))
+def measured(benchmark: str, folder: str = "reference") -> dict:
+    return json.loads((ROOT / "results" / folder / f"benchmark_{benchmark}.json").read_text(encoding="utf-8"))
 
 
 def on_one_line(text: str) -> str:
@@ -85,6 +85,9 @@ def test_the_speeds_are_those_of_the_benchmarks():
     for start, (benchmark, ratio) in SPEEDS.items():
         values = measured(benchmark)["ratios"][ratio]
         assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in PERFORMANCE
+    for ratio in ("faiss_18000_top5", "faiss_18000_top100"):
+        values = measured("exact_search", "reference/avx2")["ratios"][ratio]
+        assert f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})" in PERFORMANCE
     latency = measured("query_latency")["milliseconds"]["whole"]
     text = on_one_line(PERFORMANCE)
     assert f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in text

@@ -5,8 +5,6 @@ import shutil
 import pytest
 from PIL import Image
 
-SYNOPSIS = "name a photo to search with: python search.py my_photo.jpg"
-
 
 def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
     photo = sorted(synthetic_photos.rglob("*.jpg"))[0]
@@ -29,7 +27,7 @@ def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), SYNOPSIS),
+        ((), "name a photo to search with: python search.py my_photo.jpg"),
         (("missing.jpg",), "there is no checkpoint in results: train an approach first, with python siamese.py"),
         (("a.jpg", "-k", "0"), "k is 0: give a value from 1 to"),
         (("a.jpg", "--approach", "magic"), "there is no checkpoint in results"),
