@@ -1,1 +1,1 @@
-"""Speed against other libraries, each in a run of its own: python -m benchmarks.NAME --data FOLDER"""
+"""Benchmarks of speed against other libraries and against limits:  python -m benchmarks.NAME --data FOLDER"""

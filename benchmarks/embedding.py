@@ -70,7 +70,7 @@ def unit(features: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(features).numpy()
 
 
-def embed_plainly(network: torch.nn.Module, loader: DataLoader, device: torch.device) -> np.ndarray:
+def embed_in_plain_loop(network: torch.nn.Module, loader: DataLoader, device: torch.device) -> np.ndarray:
     """float32 [N, D]: the plain loop."""
     with torch.no_grad():
         return unit(torch.cat([network(batch.to(device)).cpu() for batch in loader]))
@@ -93,7 +93,8 @@ def onnx_session(network: torch.nn.Module, size: int) -> Iterator[object]:
         torch.onnx.export(
             network, (photo,), file, input_names=["photos"], dynamic_shapes=({0: batch},), dynamo=True, verbose=False
         )
-        yield runtime.InferenceSession(file, providers=runtime.get_available_providers())
+        providers = [name for name in runtime.get_available_providers() if name != "AzureExecutionProvider"]  # remote
+        yield runtime.InferenceSession(file, providers=providers)
 
 
 def embed_with_onnx(session: object, loader: DataLoader) -> np.ndarray:
@@ -138,7 +139,7 @@ def compare(name: str, photos: Photos, config: Config) -> tuple[dict[str, list[f
         plain.to(device)
         contenders = {
             "ours": lambda: ours(embedder, photos),
-            "plain_loop": lambda: embed_plainly(plain, loader, device),
+            "plain_loop": lambda: embed_in_plain_loop(plain, loader, device),
             "one_at_a_time": lambda: embed_one_at_a_time(plain, dataset, device),
             "onnx_runtime": lambda: embed_with_onnx(session, loader),
             "decode_alone": lambda: decode_alone(embedder, photos),
@@ -155,8 +156,8 @@ def main(config: Config) -> None:
     everything = load_photos(locate_photos(config.data))
     ratios, seconds, cosines, counts = {}, {}, {}, {}
     for name, divisor in NETWORKS.items():
-        counts[name] = min(len(everything), max(1, config.photos // divisor))
-        photos = everything.subset(np.linspace(0, len(everything) - 1, counts[name]).astype(int))
+        photos = measure.sample(everything, max(1, config.photos // divisor))
+        counts[name] = len(photos)
         seconds[name], cosines[name] = compare(name, photos, config)
         alone = zip(seconds[name]["decode_alone"], seconds[name]["network_alone"], strict=True)
         limit = [decode + network if device.type == "cpu" else max(decode, network) for decode, network in alone]

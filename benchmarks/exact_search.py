@@ -57,9 +57,10 @@ def contenders_of(gallery: np.ndarray, queries: np.ndarray, k: int) -> dict[str,
 
 def main(config: Config) -> None:
     """Measures all sizes; writes `benchmark_exact_search.json`."""
+    sizes = measure.gallery_sizes(config.sizes)
     real, queries, name = measure.real_embeddings(config, config.queries)
     ratios, seconds, agreement = {}, {}, {}
-    for size in measure.gallery_sizes(config.sizes):
+    for size in sizes:
         gallery = measure.gallery_of(size, real)
         some = queries[: max(MIN_QUERIES, MAX_PRODUCTS // size)]
         for k in KS:

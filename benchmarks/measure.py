@@ -1,5 +1,6 @@
-"""What the benchmarks share: interleaved timing, ratios with their spread, the result file and its picture."""
+"""What the benchmarks share: photos, interleaved timing, ratios with their spread, the result file, its picture."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -9,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from cnn_feature_extraction import Config as FeatureConfig
 from common.config import UserError, hyperparameters
-from common.data.photos import Photos, load_photos
+from common.data.decode import UnreadablePhotoError, decode_photo
+from common.data.photos import FileStore, Photos, load_photos
 from common.data.sources import locate_photos
 from common.data.synthetic import is_synthetic
 from common.device import choose_device
 from common.models.backbones import load_backbone
 from common.models.embedder import Embedder
+from common.parallel import parallel_map
 from common.report.environment import current_commit, describe_environment
 from common.report.plots import load_pyplot
 from common.report.result_file import write_json
@@ -73,12 +77,32 @@ def ratios(seconds: dict[str, list[float]], suffix: str = "") -> dict[str, Ratio
     }
 
 
+def sample(photos: Photos, count: int) -> Photos:
+    """Up to `count` photos, evenly spread, without those that can't be decoded.
+
+    Their files are read from disk every time, not from memory: the rivals read them from there.
+    """
+
+    def is_readable(index: int) -> bool:
+        try:
+            decode_photo(photos.read(index))
+        except UnreadablePhotoError:
+            return False
+        return True
+
+    indices = np.linspace(0, len(photos) - 1, min(count, len(photos))).astype(int)
+    indices = indices[list(parallel_map(is_readable, indices))]
+    if not len(indices):
+        raise UserError(f"none of the photos chosen from {photos.folder} can be decoded: name another folder")
+    return dataclasses.replace(photos.subset(indices), files=FileStore())
+
+
 def load(config: Any) -> tuple[Embedder, Photos]:
     """The photos of a benchmark, embedded as cnn_feature_extraction.py does before fine-tuning, and the embedder."""
-    folder = locate_photos(config.data)
-    network, preprocessing, *_ = load_backbone(
-        config.backbone, config.weights, 224, 3.0, whole_photo=True, untrained_if_missing=is_synthetic(folder)
-    )
+    folder, own = locate_photos(config.data), FeatureConfig()
+    shape = own.image_size, own.pooling, own.whole_photo
+    untrained_if_missing = is_synthetic(folder)
+    network, preprocessing, *_ = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing)
     embedder = Embedder(network, preprocessing, choose_device(config.device), cache=Path(config.cache))
     return embedder, load_photos(folder, [embedder], "embedding the photos")
 
@@ -114,7 +138,7 @@ def write(
     name: str,
     config: Any,
     dataset: dict,
-    found: dict[str, Ratio],
+    results: dict[str, Ratio],
     measured: dict[str, Any],
     device: torch.device,
     precision: torch.dtype,
@@ -124,21 +148,21 @@ def write(
 
     `measured` holds the raw figures, by names with units; `draw` makes the picture, by default one of the ratios.
     """
-    for ratio, values in found.items():
+    for ratio, values in results.items():
         print(f"{ratio:32} {values['median']:8.2f}   ({values['low']:.2f} to {values['high']:.2f})")
-    result = {"schema": 1, "benchmark": name, "config": hyperparameters(config), "dataset": dataset, "ratios": found}
+    result = {"schema": 1, "benchmark": name, "config": hyperparameters(config), "dataset": dataset, "ratios": results}
     result |= {**measured, "environment": describe_environment(device, precision, current_commit())}
     path = Path(config.results) / f"benchmark_{name}.json"
     with atomic_write(path.with_suffix(".png")) as temporary:
-        (draw or (lambda file: draw_ratios(file, name, found)))(temporary)
+        (draw or (lambda file: draw_ratios(file, name, results)))(temporary)
     print(f"written: {write_json(path, result)} and .png")
 
 
-def draw_ratios(path: Path, title: str, found: dict[str, Ratio]) -> None:
+def draw_ratios(path: Path, title: str, results: dict[str, Ratio]) -> None:
     """A row for each ratio: its median and range, on a logarithmic scale with a line at 1."""
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.32 * len(found)), layout="constrained")
-    for row, values in enumerate(found.values()):
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.32 * len(results)), layout="constrained")
+    for row, values in enumerate(results.values()):
         axes.plot([values["low"], values["high"]], [row, row], color="#9aa5b1", linewidth=5, solid_capstyle="round")
         axes.plot(values["median"], row, "o", color="#1f6feb")
         axes.annotate(
@@ -146,15 +170,15 @@ def draw_ratios(path: Path, title: str, found: dict[str, Ratio]) -> None:
         )
     axes.axvline(1, color="#22262b", linewidth=1)
     axes.set_xscale("log")
-    low, high = min(each["low"] for each in found.values()), max(each["high"] for each in found.values())
+    low, high = min(each["low"] for each in results.values()), max(each["high"] for each in results.values())
     axes.set_xlim(min(0.7, low / 1.2), max(1.5, high * 1.2))
     ticks = [
         tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]
     ]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.4, -0.7)
+    axes.set_yticks(range(len(results)), list(results))
+    axes.set_ylim(len(results) - 0.4, -0.7)
     axes.grid(axis="x", color="#e3e7eb")
     axes.set_axisbelow(True)
     axes.set_xlabel("times as fast as ... (limit: fraction of the limit reached)")

@@ -118,40 +118,40 @@ def main(config: Config) -> None:
     finally:
         served.terminate()
         served.wait()
-    directly = [engine.search(photo, 10) for photo in photos for _ in range(4)]
-    alone = [sum(result.milliseconds.values()) for result in directly]
-    taken, errors = [ms for each, _ in answers for ms in each], [error for _, each in answers for error in each]
-    if not taken:
+    results = [engine.search(photo, 10) for photo in photos for _ in range(4)]
+    direct = [sum(result.milliseconds.values()) for result in results]
+    durations, errors = ([value for each in part for value in each] for part in zip(*answers, strict=True))
+    if not durations:
         raise UserError(f"no search succeeded: {errors[0]}")
-    percentiles = dict(zip(("p50", "p95", "p99"), np.percentile(taken, [50, 95, 99]).tolist(), strict=True))
+    percentiles = dict(zip(("p50", "p95", "p99"), np.percentile(durations, [50, 95, 99]).tolist(), strict=True))
     print(
-        f"{config.clients} clients for {config.seconds} s: {len(taken)} searches, {len(errors)} errors, "
+        f"{config.clients} clients for {config.seconds} s: {len(durations)} searches, {len(errors)} errors, "
         f"p50 {percentiles['p50']:.0f} ms, p95 {percentiles['p95']:.0f} ms"
     )
-    share = per_second * statistics.median(alone) / 1000
+    fraction = per_second * statistics.median(direct) / 1000
     measure.write(
         "page",
         config,
         {"name": engine.gallery.name, "gallery": len(engine.gallery)},
-        {"limit": {"median": share, "low": share, "high": share}},
+        {"limit": {"median": fraction, "low": fraction, "high": fraction}},
         {
-            "searches": len(taken),
+            "searches": len(durations),
             "errors": errors,
             "searches_per_second": per_second,
             "milliseconds": percentiles,
-            "milliseconds_of_the_search_itself": measure.spread(alone),
+            "milliseconds_of_the_search_itself": measure.spread(direct),
         },
         engine.embedder.device,
         engine.embedder.precision,
-        lambda file: draw(file, taken, percentiles, config),
+        lambda file: draw(file, durations, percentiles, config),
     )
 
 
-def draw(path: Path, taken: list[float], percentiles: dict[str, float], config: Config) -> None:
+def draw(path: Path, durations: list[float], percentiles: dict[str, float], config: Config) -> None:
     """Histogram of how long the searches took."""
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
-    axes.hist(taken, bins=60, color="#1f6feb")
+    axes.hist(durations, bins=60, color="#1f6feb")
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the names of the lines
     for name, value in percentiles.items():
         axes.axvline(value, color="#d64541")

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
         for name, part in parts.items():
             taken[name].append(milliseconds(part, config.queries))
     medians = {name: [float(np.median(one)) for one in rounds] for name, rounds in taken.items()}
-    shares = [sum(each) / whole for whole, *each in zip(*medians.values(), strict=True)]
+    fractions = [sum(each) / whole for whole, *each in zip(*medians.values(), strict=True)]
     tails = [float(np.percentile(one, 99) / np.median(one)) for one in taken["whole"]]
     percentiles = {
         name: dict(zip(("p50", "p95", "p99"), np.percentile(rounds, [50, 95, 99]).tolist(), strict=True))
@@ -79,7 +79,7 @@ def main(config: Config) -> None:
         "query_latency",
         config,
         {"name": photos.name, "gallery": len(gallery), "dimension": embedder.dim},
-        {"limit": measure.spread(shares)},
+        {"limit": measure.spread(fractions)},
         {"milliseconds": percentiles, "p50_milliseconds_of_turns": medians, "p99_over_p50": measure.spread(tails)},
         embedder.device,
         embedder.precision,

@@ -125,7 +125,7 @@ def draw(path: Path, sizes: dict[int, dict]) -> None:
     pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     figure.suptitle("benchmark: scaling", x=0.01, ha="left")
-    at = np.array(list(sizes))
+    x = np.array(list(sizes))
     for axes, (field, label, scale, power) in zip(
         panels,
         (
@@ -137,9 +137,9 @@ def draw(path: Path, sizes: dict[int, dict]) -> None:
         strict=True,
     ):
         values = np.array([np.median(each[field] or 0) * scale for each in sizes.values()])
-        axes.loglog(at, np.maximum(values, 1e-6), "o-", color="#1f6feb")
+        axes.loglog(x, np.maximum(values, 1e-6), "o-", color="#1f6feb")
         if power:
-            axes.loglog(at, values[-1] * (at / at[-1]) ** power, "--", color="#9aa5b1", label="linear growth")
+            axes.loglog(x, values[-1] * (x / x[-1]) ** power, "--", color="#9aa5b1", label="linear growth")
             axes.legend(frameon=False, fontsize=8)
         else:
             axes.set_yscale("linear")

@@ -35,6 +35,7 @@ from common.models.backbones import load_backbone, load_preprocessing
 from common.models.decoded import DecodedPhotos
 from common.models.losses import info_nce
 from common.models.preprocessing import Preprocessing
+from common.parallel import parallel_map
 from common.report.run import Run
 
 FEATURE_DIM = 512  # of the random features that the autoencoder matches
@@ -74,13 +75,15 @@ class PlainViews(Dataset):
 
 
 class RandomPixels(DecodedPhotos):
-    """Instead of decoded photos, random pixels that are ready: nothing is read or copied."""
+    """Instead of decoded photos, random pixels that are ready in memory: nothing is read or copied."""
 
-    def load(self, photos: Photos, indices: np.ndarray) -> np.ndarray:
+    def __init__(self, preprocessing: Preprocessing, batch_size: int):
+        super().__init__(preprocessing, None)
+        shape = (batch_size, preprocessing.crop, preprocessing.crop, 3)
+        self.pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+
+    def load(self, _: Photos, indices: np.ndarray) -> np.ndarray:
         """uint8 [B, S, S, 3], the same for every batch."""
-        if not hasattr(self, "pixels"):
-            shape = (len(photos), self.preprocessing.crop, self.preprocessing.crop, 3)
-            self.pixels = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
         return self.pixels[: len(indices)]
 
 
@@ -105,24 +108,29 @@ def plain_loop(network: nn.Module, dataset: Dataset, loss_fn: Callable, config: 
     return epoch
 
 
+def run_fields(photos: Photos, config: Config, folder: str) -> dict[str, str | int]:
+    """The hyperparameters of a script's run that the benchmark decides: one epoch, with a checkpoint in `folder`."""
+    ours = {"backbone": config.backbone, "device": config.device, "cache": config.cache}
+    return {**ours, "data": str(photos.folder), "results": folder, "epochs": 1}
+
+
 def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str, measure.Contender]:
     """Epochs of siamese.py with its own hyperparameters, and the plain loop's."""
-    own = replace(siamese.Config(), data=str(photos.folder), results=folder, cache=config.cache, epochs=1)
-    own = replace(own, device=config.device)
+    own = replace(siamese.Config(), **run_fields(photos, config, folder))
     run = Run.begin("siamese", own, {})
 
     def network() -> siamese.SiameseNetwork:
-        backbone = load_backbone(config.backbone, "none", own.image_size, own.pooling, own.whole_photo)
+        backbone = load_backbone(own.backbone, "none", own.image_size, own.pooling, own.whole_photo)
         return siamese.SiameseNetwork(backbone, own.embedding_dim)
 
-    preprocessing = load_preprocessing(config.backbone, "none", own.image_size, own.whole_photo)
+    preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
 
     def seconds(decoded: DecodedPhotos) -> float:
         trained = network().to(run.device, memory_format=torch.channels_last)
         return siamese.train_on_pairs(run, trained, photos, decoded, {})[-1]["seconds"]
 
     def loss_fn(
-        network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, __: int
+        network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, __: torch.Tensor
     ) -> torch.Tensor:
         embeddings = functional.normalize(network(torch.cat(views.unbind(1))))
         margins = own.positive_margin, own.negative_margin
@@ -130,43 +138,52 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
         return pairs + own.view_weight * info_nce(*embeddings.chunk(2), own.temperature)
 
     views = PlainViews(photos, preprocessing, 2, own.view_size, own.min_crop_area)
-    decoded = read_all(photos, DecodedPhotos(preprocessing, Path(config.cache)))
+    decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
     return {
         "ours": lambda: seconds(decoded),
-        "limit": lambda: seconds(RandomPixels(preprocessing, None)),
+        "limit": lambda: seconds(random),
         "plain_loop": plain_loop(network().to(run.device), views, loss_fn, own),
     }
 
 
 def autoencoder_contenders(photos: Photos, config: Config, folder: str) -> dict[str, measure.Contender]:
     """Epochs of autoencoder.py with its own hyperparameters, on random features, and the plain loop's."""
-    own = replace(autoencoder.Config(), data=str(photos.folder), results=folder, cache=config.cache, epochs=1)
-    own = replace(own, backbone=config.backbone, device=config.device)
+    own = replace(autoencoder.Config(), **run_fields(photos, config, folder))
     run = Run.begin("autoencoder", own, {})
-    preprocessing = load_preprocessing(config.backbone, "none", own.image_size, own.whole_photo)
+    preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
     features = torch.randn(len(photos), FEATURE_DIM, device=run.device)
 
     def seconds(decoded: DecodedPhotos) -> float:
         return autoencoder.train_autoencoder(run, features, photos, decoded, {})[1][-1]["seconds"]
 
-    def loss_fn(network: nn.Module, views: torch.Tensor, photo: torch.Tensor, _: int, at: torch.Tensor) -> torch.Tensor:
+    def loss_fn(
+        network: nn.Module, views: torch.Tensor, photos: torch.Tensor, _: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
         reconstruction, bottleneck = network(views[:, 0])
-        pixels, matched = functional.mse_loss(reconstruction, photo), functional.mse_loss(bottleneck, features[at])
-        return own.pixel_weight * pixels + own.feature_weight * matched
+        pixels = functional.mse_loss(reconstruction, photos)
+        return own.pixel_weight * pixels + own.feature_weight * functional.mse_loss(bottleneck, features[indices])
 
     plain = autoencoder.Autoencoder(own.image_size, own.width, FEATURE_DIM).to(run.device)
     views = PlainViews(photos, preprocessing, 1, own.view_size, own.min_crop_area)
-    decoded = read_all(photos, DecodedPhotos(preprocessing, Path(config.cache)))
+    decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
     return {
         "ours": lambda: seconds(decoded),
-        "limit": lambda: seconds(RandomPixels(preprocessing, None)),
+        "limit": lambda: seconds(random),
         "plain_loop": plain_loop(plain, views, loss_fn, own),
     }
 
 
-def read_all(photos: Photos, decoded: DecodedPhotos) -> DecodedPhotos:
-    """`decoded` with all `photos` in its array."""
-    decoded.consume([(photos.sha256[index], photos.read(index)) for index in range(len(photos))])
+def decode_all(photos: Photos, preprocessing: Preprocessing, cache: Path | None) -> DecodedPhotos:
+    """The pixels of `photos`, all of them in the array in `cache`."""
+    decoded = DecodedPhotos(preprocessing, cache)
+    missing = np.flatnonzero(decoded.lacks(photos.sha256))
+    chunks = [missing[start : start + decoded.chunksize] for start in range(0, len(missing), decoded.chunksize)]
+
+    def decode(chunk: np.ndarray) -> None:
+        decoded.consume([(photos.sha256[index], photos.read(index)) for index in chunk])
+
+    for _ in parallel_map(decode, chunks):
+        pass
     decoded.flush()
     return decoded
 
@@ -174,8 +191,7 @@ def read_all(photos: Photos, decoded: DecodedPhotos) -> DecodedPhotos:
 def main(config: Config) -> None:
     """Measures the contenders of both scripts; writes `benchmark_training.json`."""
     device = choose_device(config.device)
-    photos = load_photos(locate_photos(config.data))
-    photos = photos.subset(np.linspace(0, len(photos) - 1, min(config.photos, len(photos))).astype(int))
+    photos = measure.sample(load_photos(locate_photos(config.data)), config.photos)
     ratios, seconds = {}, {}
     with TemporaryDirectory() as folder:
         for name, contenders_of in (("siamese", siamese_contenders), ("autoencoder", autoencoder_contenders)):

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import measure
+from benchmarks import measure, training
 from common.config import UserError
+from common.data.photos import load_photos
 from common.extras import require
+from common.models.backbones import load_preprocessing
 from tests.conftest import ROOT
 
 NETWORKS = ("squeezenet1_1", "resnet18", "resnet50")
@@ -37,11 +41,11 @@ CASES = {  # name: (arguments, ratios)
 
 @pytest.fixture
 def run_benchmark(tmp_path, offline, synthetic_photos):
-    """Runs a benchmark as a user does, from the root of the repository, with its results elsewhere."""
+    """Runs a benchmark as a user does, but in another folder than the repository's."""
 
     def run(name, *arguments):
-        folders = ("--data", str(synthetic_photos), "--results", str(tmp_path / "results"))
-        command = [sys.executable, "-m", f"benchmarks.{name}", *folders, *arguments]
+        data = () if name == "page" else ("--data", str(synthetic_photos))
+        command = [sys.executable, "-m", f"benchmarks.{name}", *data, "--results", "results", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=300)
 
     offline["PYTHONPATH"] = os.pathsep.join((str(ROOT), offline.get("PYTHONPATH", "")))
@@ -61,6 +65,24 @@ def test_a_benchmark(run_benchmark, tmp_path, name):
     assert (tmp_path / "results" / f"benchmark_{name}.png").read_bytes().startswith(b"\x89PNG")
     if name == "exact_search":
         assert all(case["largest_difference_in_similarity"] < 2e-6 for case in result["agreement_with_faiss"].values())
+
+
+def test_the_page_answers_all_searches_of_its_benchmark(run_benchmark, offline, trained, tmp_path):
+    offline["no_proxy"] = offline["NO_PROXY"] = "127.0.0.1,localhost"
+    (tmp_path / "results").mkdir()
+    shutil.copy(trained / "siamese.pt", tmp_path / "results")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ended = run_benchmark("page", "--clients", "2", "--seconds", "2", "--port", port)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads((tmp_path / "results" / "benchmark_page.json").read_text())
+    assert result["errors"] == []
+    assert result["searches"] >= 2
+    assert 0 < result["milliseconds"]["p50"] <= result["milliseconds"]["p99"]
+    expected = result["searches_per_second"] * result["milliseconds_of_the_search_itself"]["median"] / 1000
+    assert result["ratios"]["limit"]["median"] == pytest.approx(expected)
+    assert (tmp_path / "results" / "benchmark_page.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +121,40 @@ def test_a_gallery_larger_than_the_photos():
     assert (filled[:4] == real).all()
     assert np.linalg.norm(filled, axis=1) == pytest.approx(np.ones(50), abs=1e-6)
     assert len(np.unique(filled, axis=0)) == 50
+
+
+def test_a_sample_is_evenly_spread_and_leaves_out_damaged_photos(synthetic_photos, tmp_path):
+    folder = shutil.copytree(synthetic_photos, tmp_path / "photos")
+    (folder / "cat" / "cat.0000.jpg").write_bytes(b"no photo")
+    photos = load_photos(folder)
+    chosen = measure.sample(photos, 4)  # of 120: 0, 39, 79, 119
+    assert chosen.paths == ["cat/cat.0039.jpg", "dog/dog.0019.jpg", "dog/dog.0059.jpg"]
+    assert len(measure.sample(photos, 1000)) == 119
+    (folder / "dog" / "dog.0059.jpg").write_bytes(b"changed")
+    with pytest.raises(UserError, match="changed while it was in use"):  # so it is read from disk
+        chosen.read(2)
+    with pytest.raises(UserError, match="none of the photos chosen from .* can be decoded"):
+        measure.sample(photos, 1)
+
+
+def test_photos_are_decoded_once_for_all_runs(synthetic_photos, tmp_path):
+    photos = measure.sample(load_photos(synthetic_photos), 40)
+    preprocessing = load_preprocessing("squeezenet1_1", "none", 32, whole_photo=True)
+    for _ in range(2):
+        decoded = training.decode_all(photos, preprocessing, tmp_path)
+        assert decoded.rows.count == 40
+    image = preprocessing.resize_crop(preprocessing.decode(photos.read(7)))
+    assert (decoded.load(photos, np.array([7]))[0] == image).all()
+
+
+def test_the_limit_of_training_neither_reads_nor_copies_pixels(synthetic_photos):
+    photos = load_photos(synthetic_photos)
+    preprocessing = load_preprocessing("squeezenet1_1", "none", 32, whole_photo=True)
+    random = training.RandomPixels(preprocessing, batch_size=16)
+    first, second = (random.load(photos, np.arange(start, start + 8)) for start in (0, 50))
+    assert first.shape == (8, 32, 32, 3)
+    assert np.shares_memory(first, second)
+    assert first.std() == pytest.approx(73.9, abs=1)  # of uniform integers below 256
 
 
 def test_a_missing_package_is_named():
