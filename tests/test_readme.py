@@ -90,7 +90,10 @@ def test_the_speeds_are_those_of_the_benchmarks():
         assert f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})" in PERFORMANCE
     latency = measured("query_latency")["milliseconds"]["whole"]
     text = on_one_line(PERFORMANCE)
-    assert f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in text
+    gallery = measured("query_latency")["dataset"]["gallery"]
+    assert f"among {gallery:,}: p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in text
+    for network in ("squeezenet1_1", "resnet18", "resnet50"):  # the fastest rival
+        assert f"{measured('embedding')['ratios'][f'onnx_runtime_{network}']['median']:.2f} ({network})" in text
     page = measured("page")
     assert f"{len(page['errors'])} errors, p95 {page['milliseconds']['p95']:.0f} ms" in text
     memory = [size["search_memory_bytes"] / 1e6 for size in measured("scaling")["sizes"].values()]

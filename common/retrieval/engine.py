@@ -119,6 +119,8 @@ def load_embedder(
     try:
         network = import_script(approach).from_checkpoint(checkpoint)
     except ModuleNotFoundError as error:
+        if error.name != approach:  # something that the script itself imports
+            raise
         raise UserError(f"{path} was written by {approach}.py, which is missing: put it beside search.py") from error
     except (RuntimeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} does not fit {approach}.py as it is now: train again") from error
@@ -143,9 +145,20 @@ def load_engine(
     if not index and not folder.is_dir():
         raise UserError(f"the gallery of {approach}.py, {folder}, is gone: name a folder to search with --index")
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
-    if not index and not checkpoint.queries:
-        gallery, _ = split_photos(gallery, checkpoint.config["seed"], "test")
+    if not index:
+        gallery = _run_gallery(gallery, checkpoint)
     return SearchEngine(approach, embedder, gallery, CosineKNN(embedder.embed_photos(gallery)))
+
+
+def _run_gallery(photos: Photos, checkpoint: Checkpoint) -> Photos:
+    """Of all photos in a run's folder those that it searched: of a class, and not held out as queries."""
+    classified = np.array(photos.classes)[photos.labels] != ""
+    gallery = photos.subset(np.flatnonzero(classified))
+    if not checkpoint.queries:
+        gallery, _ = split_photos(gallery, checkpoint.config["seed"], "test")
+    if checkpoint.config["split"] == "validation":
+        gallery, _ = split_photos(gallery, checkpoint.config["seed"], "validation")
+    return gallery
 
 
 def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserError]]:

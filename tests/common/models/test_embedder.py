@@ -31,7 +31,7 @@ def photos(synthetic_photos):
 
 @pytest.fixture
 def new_embedder(embedder):
-    """Embedders of the same network that share nothing but what they are told to."""
+    """Embedders of the same network that share nothing else, unless the options say so."""
     return lambda **options: Embedder(embedder.network, embedder.preprocessing, CPU, 16, **options)
 
 
@@ -104,9 +104,9 @@ def test_a_second_run_computes_nothing(photos, new_embedder, tmp_path, monkeypat
 
 
 def test_without_a_cache_embeddings_are_kept_for_the_run(photos, new_embedder, monkeypatch):
-    embedder, other = new_embedder(), new_embedder()
+    embedder = new_embedder()
     first = embedder.embed_photos(photos)
-    assert other.lacks(photos.sha256).all()
+    assert new_embedder().lacks(photos.sha256).all()
     monkeypatch.setattr(Embedder, "embed_batch", fail)
     assert np.array_equal(embedder.embed_photos(photos), first)
 

@@ -15,6 +15,7 @@ import siamese
 from common.config import UserError
 from common.data.decode import UnreadablePhotoError
 from common.data.photos import load_photos
+from common.data.split import load_split
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
@@ -194,6 +195,20 @@ def test_where_queries_had_a_folder_of_their_own_the_whole_folder_is_the_gallery
     stored = Checkpoint.load(trained / "siamese.pt")
     dataclasses.replace(stored, queries="/queries").save(tmp_path / "siamese.pt")
     assert len(load("siamese", tmp_path).gallery) == 120
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_gallery_is_that_of_the_run(trained, synthetic_photos, tmp_path, split):
+    """Also where photos of no class lie beside the others, and where the queries were cut from the gallery."""
+    pets = Path(shutil.copytree(synthetic_photos, tmp_path / "pets"))
+    Image.new("RGB", (64, 64), "red").save(pets / "stray.jpg")
+    checkpoint = Checkpoint.load(trained / "siamese.pt")
+    config = {**checkpoint.config, "split": split}
+    dataclasses.replace(checkpoint, folder=str(pets), config=config).save(tmp_path / "siamese.pt")
+    expected, _ = load_split(pets, "", split, config["seed"])
+    gallery = load("siamese", tmp_path).gallery
+    assert gallery.paths == expected.paths
+    assert "stray.jpg" not in gallery.paths
 
 
 def test_a_gallery_that_is_gone(trained, tmp_path):

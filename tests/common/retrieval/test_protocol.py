@@ -1,3 +1,4 @@
+import hashlib
 from io import BytesIO
 
 import numpy as np
@@ -92,7 +93,7 @@ def score_copies_by_hand(photos, embeddings, embedder, seed):
     """The rank of each original, photo by photo, in the order of the photos."""
     ranks = []
     for index in range(len(photos)):
-        draw = protocol.hashlib.sha256(f"disturbed 2, {seed} ".encode() + photos.sha256[index]).hexdigest()
+        draw = hashlib.sha256(f"disturbed 2, {seed} ".encode() + photos.sha256[index]).hexdigest()
         image = Image.open(BytesIO(photos.read(index))).convert("RGB")
         copy = distortions.distort(image, np.random.default_rng(int(draw[:16], 16)))
         (embedding,) = embedder.embed_images([Image.open(BytesIO(copy))])
