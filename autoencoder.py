@@ -68,7 +68,7 @@ class Config(RunConfig):
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 64  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 30  # times that each photo is seen
+    epochs: Annotated[int, Range(0, 100_000)] = 30  # passes over the gallery
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step
     learning_rate: Annotated[float, Range(1e-9, 10)] = 2e-3  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 0.05  # of AdamW

@@ -1,17 +1,18 @@
 """Approach 1: features of a pre-trained CNN, fine-tuned; k nearest neighbours by cosine similarity.
 
 A network trained to classify the 1,000 classes of ImageNet has learned what things look like. Without its classifier,
-its last feature maps, pooled over the photo, place photos of similar things close to each other (Razavian et al. 2014,
-CNN Features off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning teaches it to tell the gallery's own
-classes apart, and two augmented views of a photo from those of others (InfoNCE, van den Oord et al. 2018), before its
-features are taken; the result file holds the scores before and after.
+its last feature maps, pooled over the photo, map similar photos to nearby points (Razavian et al. 2014, CNN Features
+off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning teaches it to classify the gallery's own classes, and
+to match two augmented views of a photo among those of others (InfoNCE, van den Oord et al. 2018); the result file holds
+the scores before and after.
 
     python cnn_feature_extraction.py
-    python cnn_feature_extraction.py --epochs 0       # the features as pre-trained
+    python cnn_feature_extraction.py --epochs 0       # pre-trained features, no fine-tuning
     python cnn_feature_extraction.py --data my_photos --backbone resnet50
 
 Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on two cores of an AMD EPYC:
-precision@5 0.944 as pre-trained, 0.970 after 6 minutes (results/reference/cnn_feature_extraction.json).
+precision@5 0.944 as pre-trained, 0.970 after 6 minutes (`--epochs 2`,
+results/reference/cnn_feature_extraction.json).
 """
 
 from collections.abc import Callable
@@ -51,21 +52,21 @@ class Config(RunConfig):
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
 
     # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
-    scale: Annotated[float, Range(0.1, 1000)] = 16.0  # of the cosines: with more, smaller differences of angle suffice
+    scale: Annotated[float, Range(0.1, 1000)] = 16.0  # of the cosines, an inverse temperature: larger is sharper
     view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
-    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one focuses on the most similar photos
+    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 1  # times that each photo is seen; 0: the features stay as pre-trained
+    epochs: Annotated[int, Range(0, 100_000)] = 1  # passes over the gallery; 0: pre-trained features
     batch_size: Annotated[int, Range(2, 65_536)] = 32  # photos per step
     learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
 
 class CosineClassifier(nn.Module):
-    """Scaled cosines with a learned direction for each class: what is learned is what the search compares.
+    """Scaled cosines with a learned direction for each class: training optimizes the similarity that search uses.
 
     Wang et al. 2017, NormFace.
     """
@@ -132,15 +133,15 @@ def main(config: Config) -> Path:
     backbone = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing=run.is_synthetic)
     decoded = DecodedPhotos(backbone.preprocessing, run.cache if config.epochs else None)
     embedder = run.embedder(backbone.network, decoded)
-    gallery, queries = run.load_photos(decoded if config.epochs else embedder)
+    gallery, queries = run.load_photos(decoded if config.epochs else embedder)  # filled as the files are read
 
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    frozen = {"metrics_frozen": run.evaluate(embedder, gallery, queries).metrics} if config.epochs else {}
+    before = {"metrics_frozen": run.evaluate(embedder, gallery, queries).metrics} if config.epochs else {}
     history = fine_tune(run, backbone, gallery, decoded, model)
-    if history:
+    if history:  # another network now, with other cached embeddings
         embedder = run.embedder(backbone.network, decoded)
     evaluation = run.evaluate(embedder, gallery, queries)
-    return run.report(embedder, model, gallery, queries, evaluation, history, frozen)
+    return run.report(embedder, model, gallery, queries, evaluation, history, before)
 
 
 if __name__ == "__main__":

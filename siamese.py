@@ -1,13 +1,13 @@
-"""Approach 3: a siamese network trained with contrastive loss; k nearest neighbours by the distance of two photos.
+"""Approach 3: a siamese network trained with contrastive loss; k nearest neighbours by the distance between embeddings.
 
 Two branches that share their weights see two photos; similar ones are pulled together, dissimilar ones pushed apart
-(Hadsell, Chopra and LeCun 2006, Dimensionality Reduction by Learning an Invariant Mapping). On class labels alone this
-collapses each class into a point, and the nearest photos no longer look like the query. So here photos of one class are
-pulled together only down to a margin, and two augmented views of one photo must find each other among all others of the
-batch (InfoNCE, van den Oord et al. 2018).
+(Hadsell, Chopra and LeCun 2006, Dimensionality Reduction by Learning an Invariant Mapping). Trained on class labels
+alone, it collapses each class into a point, and the nearest photos no longer look like the query. So here photos of one
+class are pulled together only until they are within a margin, and two augmented views of one photo must identify each
+other among all other views in the batch (InfoNCE, van den Oord et al. 2018).
 
     python siamese.py
-    python siamese.py --view-weight 0 --positive-margin 0     # the paper's method: pairs of a class only
+    python siamese.py --view-weight 0 --positive-margin 0     # the loss of Hadsell et al.: class pairs only
 
 Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on two cores of an AMD EPYC:
 precision@5 0.979 and instance_hit_rate@1 0.973 after 21 minutes of training (results/reference/siamese.json).
@@ -38,7 +38,7 @@ from common.models.training import Batch, Losses, train
 from common.report.run import Run
 from common.retrieval.verification import verify
 
-CENTER_PHOTOS = 256  # that the projection is centred on
+CENTER_PHOTOS = 256  # photos used to center the projection
 SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (7, 5)}  # (default, quick run)
 
 
@@ -54,18 +54,20 @@ class Config(RunConfig):
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     embedding_dim: Annotated[int, Range(1, 65_536)] = 256  # of the linear projection
 
-    # Contrastive loss; distances of unit vectors, in [0, 2]
+    # Contrastive loss; Euclidean distances between unit vectors, in [0, 2]
     negative_margin: Annotated[float, Range(0, 2)] = 1.6  # photos of different classes are pushed apart up to it
     positive_margin: Annotated[float, Range(0, 2)] = 1.0  # photos of one class are pulled together down to it; paper: 0
     reduction: Literal["mean", "avg_non_zero"] = "mean"  # over all pairs, or over those with a loss above zero
     view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
-    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one focuses on the most similar photos
+    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 7  # times that each photo is seen
-    batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step; the loss is over every pair of them
+    epochs: Annotated[int, Range(0, 100_000)] = 7  # passes over the training photos
+    batch_size: Annotated[int, Range(2, 65_536)] = (
+        64  # photos per step; the contrastive loss is over every pair of their views
+    )
     learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
@@ -104,13 +106,13 @@ class SiameseNetwork(nn.Module):
 def contrastive_loss(
     embeddings: torch.Tensor, labels: torch.Tensor, positive_margin: float, negative_margin: float, reduction: str
 ) -> torch.Tensor:
-    """The loss of Hadsell, Chopra and LeCun (2006) over every pair of a batch, positive and negative weighing the same.
+    """The loss of Hadsell, Chopra and LeCun (2006) over all pairs of a batch, positives and negatives weighted equally.
 
     A positive pair (of one class) at distance d costs max(0, d - positive_margin)^2, a negative pair
     max(0, negative_margin - d)^2.
 
     `embeddings`: float BxD, unit vectors; `labels`: int B. `reduction`: "mean" over all pairs of each kind, or
-    "avg_non_zero" over those that cost something. The paper's `positive_margin` is 0.
+    "avg_non_zero" over those with nonzero loss. The paper's `positive_margin` is 0.
     """
     distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")  # BxB
     first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
@@ -123,9 +125,9 @@ def contrastive_loss(
 
 
 class ClassPairSampler:
-    """Photos of a class in pairs, so that each has a positive in its batch however many classes there are.
+    """Photos of a class in pairs, so that nearly each has a positive in its batch however many classes there are.
 
-    A photo that a class of odd size leaves over is paired with one of another class. All pairs are shuffled together,
+    The odd photo out in a class of odd size is paired with one of another class. All pairs are shuffled together,
     so that such photos don't gather in the last batches; a pair stays in one batch if the batch size is even.
     """
 

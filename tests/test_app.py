@@ -42,16 +42,16 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """The page, opened; at the end nothing may have been asked of other hosts."""
+    """The page, opened; at the end nothing may have been requested from other hosts."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested = []
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(address)
     page.wait_for_selector("#photo input[type=file]", state="attached")
     yield page
-    elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    elsewhere = [url for url in requested if not url.startswith((address, "data:", "blob:"))]
     context.close()
     assert not elsewhere
 
@@ -72,10 +72,10 @@ def test_upload_switch_and_search_on(page, synthetic_photos):
     photo = sorted(synthetic_photos.rglob("*.jpg"))[7]
     give(page, photo)
     wait_for_photos(page, "siamese", 10)
-    said = page.inner_text("#text-siamese")
-    assert "siamese" in said
-    assert " are " in said
-    assert "decode" in said
+    text = page.inner_text("#text-siamese")
+    assert "siamese" in text
+    assert " are " in text
+    assert "decode" in text
 
     page.get_by_label("autoencoder").check()
     wait_for_photos(page, "autoencoder", 10)
@@ -162,13 +162,13 @@ def test_bad_files_get_a_sentence_and_the_page_lives_on(page, synthetic_photos, 
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "truncated.jpg").write_bytes(photo.read_bytes()[:2000])
     bomb(tmp_path / "bomb.png")
-    for name, told in (
+    for name, message in (
         ("text.jpg", "not a JPEG, PNG, WebP, BMP or GIF image"),
         ("truncated.jpg", "damaged or truncated image"),
         ("bomb.png", "more than 120,000,000 pixels"),
     ):
         give(page, tmp_path / name)
-        page.wait_for_function("told => document.querySelector('#status').innerText.includes(told)", arg=told)
+        page.wait_for_function("message => document.querySelector('#status').innerText.includes(message)", arg=message)
         assert not page.is_visible("#results-siamese")
         page.get_by_label("Remove Image").click()
     give(page, photo)
@@ -222,10 +222,10 @@ def test_no_file_outside_the_gallery_can_be_read(address, trained, tmp_path):
             urllib.request.urlopen(f"{address}gradio_api/file={path}", timeout=10)
         assert refused.value.code in (403, 404)
     body = {"data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "siamese", 5, 0, 100, 0, 100]}
-    asking = urllib.request.Request(
+    request = urllib.request.Request(
         f"{address}gradio_api/call/search", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    event = json.load(urllib.request.urlopen(asking, timeout=10))["event_id"]
+    event = json.load(urllib.request.urlopen(request, timeout=10))["event_id"]
     answer = urllib.request.urlopen(f"{address}gradio_api/call/search/{event}", timeout=30).read().decode()
     assert "event: error" in answer
     assert "photos searched" not in answer

@@ -16,6 +16,8 @@ from torchvision import models
 
 import cnn_feature_extraction
 from cnn_feature_extraction import Config, CosineClassifier
+from common.device import limit_torch_threads
+from common.models.embedder import Embedder
 from tests.conftest import ROOT
 
 SCRIPT = "cnn_feature_extraction.py"
@@ -78,11 +80,22 @@ def test_a_run_and_a_second_one(run_script, synthetic_photos, tmp_path):
 
 def test_weights_from_a_file_and_queries_from_a_folder(run_script, synthetic_photos, tmp_path):
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "mine.pth")
-    asking = tmp_path / "asking" / "dog"
-    asking.mkdir(parents=True)
+    queries = tmp_path / "queries" / "dog"
+    queries.mkdir(parents=True)
     for number in range(3):
-        (asking / f"{number}.jpg").write_bytes((synthetic_photos / "dog" / f"dog.000{number}.jpg").read_bytes())
-    options = ("--weights", "mine.pth", "--queries", "asking", "--cache", "none", "--image-size", "64", "--epochs", "0")
+        (queries / f"{number}.jpg").write_bytes((synthetic_photos / "dog" / f"dog.000{number}.jpg").read_bytes())
+    options = (
+        "--weights",
+        "mine.pth",
+        "--queries",
+        "queries",
+        "--cache",
+        "none",
+        "--image-size",
+        "64",
+        "--epochs",
+        "0",
+    )
     ended = run_script(SCRIPT, "--data", str(synthetic_photos), "--backbone", "squeezenet1_1", *options)
     assert ended.returncode == 0, ended.stderr
     result = read(tmp_path)
@@ -160,24 +173,38 @@ def test_stopped_while_embedding(synthetic_photos, tmp_path, offline, run_script
     assert read(tmp_path)["dataset"]["gallery"] == 108
 
 
-def test_a_run_opens_each_photo_once(synthetic_photos, tmp_path, monkeypatch):
+def test_a_run_opens_each_photo_once_and_embeds_it_once(synthetic_photos, tmp_path, monkeypatch):
     """From scratch, and with everything in the cache; by the interpreter's own audit of opened files."""
-    opened = Counter()
+    opened, embedded = Counter(), []
     counting = True
+    consume, stream = Embedder.consume, Embedder.stream
 
-    def count(event, arguments):
-        if counting and event == "open" and str(arguments[0]).endswith(".jpg"):
+    def count_file(event, arguments):
+        if counting and event == "open" and str(arguments[0]).startswith(f"{synthetic_photos}{os.sep}"):
             opened[str(arguments[0])] += 1
 
-    sys.addaudithook(count)  # stays until the process ends
+    def count_stream(self, load_images, indices, label=""):
+        if label:  # what is timed has no progress bar
+            embedded.append(len(indices))
+        return stream(self, load_images, indices, label)
+
+    sys.addaudithook(count_file)  # stays until the process ends
+    monkeypatch.setattr(Embedder, "consume", lambda self, files: embedded.append(len(files)) or consume(self, files))
+    monkeypatch.setattr(Embedder, "stream", count_stream)
     monkeypatch.chdir(tmp_path)
     small = {"backbone": "squeezenet1_1", "weights": "none", "image_size": 64, "epochs": 0, "device": "cpu"}
-    for _ in range(2):
+    for expected in (120 + 120 + 108, 0):  # by the network, by the baseline of raw pixels, distorted copies
         opened.clear()
-        cnn_feature_extraction.main(Config(data=str(synthetic_photos), **small))
+        embedded.clear()
+        with limit_torch_threads():  # on a busy machine faster
+            cnn_feature_extraction.main(Config(data=str(synthetic_photos), **small))
         assert len(opened) == 120
         assert set(opened.values()) == {1}
+        assert sum(embedded) == expected
     counting = False
+    names = {path.name.removeprefix("cnn_feature_extraction") for path in (tmp_path / "results").iterdir()}
+    assert names == {".json", ".neighbours.csv", ".png", ".pt"}
+    assert {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()} == {".npy", ".txt"}
 
 
 def test_a_flag_equal_to_the_default_is_kept_on_synthetic_images(run_script, synthetic_photos, tmp_path):

@@ -1,9 +1,13 @@
 """The search as a user runs it, from the shell."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
+
+from tests.conftest import ROOT
 
 
 def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
@@ -63,3 +67,21 @@ def test_the_first_approach_that_was_trained_answers_unless_one_is_named(
     assert first.returncode == named.returncode == other.returncode == 0, first.stderr
     found = [ended.stdout.splitlines()[2:] for ended in (first, named, other)]
     assert found[0] == found[1] != found[2]
+
+
+def test_the_gallery_is_found_from_another_folder(run_script, offline, synthetic_photos, tmp_path):
+    """Where the run was given a relative one."""
+    shutil.copytree(synthetic_photos, tmp_path / "pets")
+    small = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--epochs", "0")
+    ended = run_script("cnn_feature_extraction.py", "--data", "pets", *small)
+    assert ended.returncode == 0, ended.stderr
+    (tmp_path / "elsewhere").mkdir()
+    photo = sorted((tmp_path / "pets").rglob("*.jpg"))[0]
+    arguments = (str(photo), "--results", str(tmp_path / "results"))
+    command = [sys.executable, str(ROOT / "search.py"), *arguments]
+    ended = subprocess.run(
+        command, cwd=tmp_path / "elsewhere", env=offline, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count(str(tmp_path.resolve() / "pets")) >= 5
+    assert (tmp_path / "results" / "search.png").exists()

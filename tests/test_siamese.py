@@ -57,7 +57,7 @@ def test_contrastive_loss_by_hand():
     embeddings = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
     labels = torch.tensor([0, 0, 1])
     assert contrastive_loss(embeddings, labels, 0.0, 1.0, "mean") == pytest.approx(1.0)  # half of 2, nothing to push
-    pushed = (1.5 - math.sqrt(2)) ** 2  # one of the two dissimilar pairs is too near
+    pushed = (1.5 - math.sqrt(2)) ** 2  # one of the two negative pairs is too near
     assert contrastive_loss(embeddings, labels, 0.0, 1.5, "mean") == pytest.approx(1 + pushed / 4)
     assert contrastive_loss(embeddings, labels, 0.0, 1.5, "avg_non_zero") == pytest.approx(1 + pushed / 2)
     assert contrastive_loss(embeddings, labels, 1.5, 1.5, "avg_non_zero") == pytest.approx(pushed / 2)

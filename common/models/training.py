@@ -18,10 +18,10 @@ from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.parallel import parallel_map
 
-WARM_UP = 0.05  # fraction of the steps in which the learning rate rises
+WARM_UP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 5.0
-LOG_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
-PREFETCH = 4  # batches loaded while the device is busy
+LOG_EVERY = 10  # steps between loss checks; each one synchronizes with the device
+PREFETCH = 4  # batches
 
 Losses = dict[str, torch.Tensor]  # the terms of the loss by name, each a scalar; their sum is minimized
 
@@ -69,7 +69,7 @@ class TrainingConfig(Protocol):
 
 
 class Trainer:
-    """A network with its optimizer (AdamW), its learning-rate schedule and the device's fast precision."""
+    """A network with its optimizer (AdamW), learning-rate schedule and, where it is faster, mixed precision."""
 
     def __init__(self, network: nn.Module, config: TrainingConfig, total_steps: int) -> None:
         self.network = network
@@ -80,10 +80,10 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.compiled = torch.compile(network) if config.compile else network
-        self.peak, self.total_steps = config.learning_rate, total_steps
+        self.peak_learning_rate, self.total_steps = config.learning_rate, total_steps
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Calls the network, in 16 bits where the device is faster that way."""
+        """Calls the network, under autocast where the device is faster in 16 bits."""
         with autocast(self.device, self.precision):
             return self.compiled(*inputs)
 
@@ -98,17 +98,17 @@ class Trainer:
         self.scaler.update()
 
     def learning_rate(self, step: int) -> float:
-        """Of one step, counted over all epochs."""
-        return self.peak * schedule(step / self.total_steps)
+        """At a step, counted over all epochs."""
+        return self.peak_learning_rate * schedule(step / self.total_steps)
 
-    def write_to(self, checkpoint: Checkpoint, finished: bool) -> None:
-        """Puts the state into `checkpoint`; a finished one keeps what embedding needs alone."""
+    def save_state(self, checkpoint: Checkpoint, finished: bool) -> None:
+        """Puts the state into `checkpoint`; that of a finished run has no optimizer."""
         checkpoint.network = self.network.state_dict()
         checkpoint.optimizer = None if finished else self.optimizer.state_dict()
         checkpoint.scaler = None if finished else self.scaler.state_dict()
 
-    def read_from(self, checkpoint: Checkpoint) -> None:
-        """Takes the state of a checkpoint."""
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Restores the state from a checkpoint."""
         self.network.load_state_dict(checkpoint.network)
         if checkpoint.optimizer and checkpoint.scaler is not None:
             self.optimizer.load_state_dict(checkpoint.optimizer)
@@ -127,15 +127,15 @@ def train(
 ) -> list[dict]:
     """Trains `network` in place, on its device; writes `checkpoint` to `path` after every epoch.
 
-    With `config.resume` training continues from that file, on the same CPU to the bit-identical result of a run that
-    was never interrupted.
+    With `config.resume` training continues from that file. On the same CPU the result is bit-identical to that of
+    an uninterrupted run.
 
     `photos` are N photos to train on, `decoded` their pixels. `training_step` gives a batch's losses; its randomness
-    comes from torch's global generators. `sampler` decides the order of an epoch, random by default; what remains after
-    the last full batch is left out. `checkpoint` is that of the run that begins, without state.
+    comes from torch's global generators. `sampler` decides the order of an epoch, random by default; the last
+    incomplete batch is dropped. `checkpoint` is that of the new run, still without state.
 
     Returns the history, an entry of `train_epoch` per epoch. Raises `UserError` for a loss that is NaN or infinite, and
-    for a checkpoint to resume from that is damaged or of another run.
+    for a checkpoint to resume from that is damaged or belongs to another run.
     """
     batch_size = min(config.batch_size, len(photos))
     steps = len(photos) // batch_size
@@ -145,9 +145,8 @@ def train(
         checkpoint.history = resume(trainer, checkpoint, path, config.epochs)
     history = checkpoint.history
     if not config.epochs:
-        trainer.write_to(checkpoint, finished=True)
+        trainer.save_state(checkpoint, finished=True)
         checkpoint.save(path)
-    network.train()
     for epoch in range(len(history), config.epochs):
         rng = np.random.default_rng((config.seed, epoch))
         torch.manual_seed(int(rng.integers(2**62)))
@@ -156,7 +155,7 @@ def train(
             history.append(train_epoch(trainer, training_step, photos, decoded, batches, epoch, config.epochs))
         except UserError as error:
             raise UserError(f"{error}; {path} keeps epoch {epoch}" if history else str(error)) from error
-        trainer.write_to(checkpoint, finished=epoch + 1 == config.epochs)
+        trainer.save_state(checkpoint, finished=epoch + 1 == config.epochs)
         checkpoint.save(path)
     return history
 
@@ -174,6 +173,7 @@ def train_epoch(
     "seconds", "photos_per_second"}. Raises `UserError` for a loss that is NaN or infinite.
     """
     steps, batch_size = batches.shape
+    trainer.network.train()
     started = time.perf_counter()
     sums: Losses = {}
     with tqdm(desc=f"epoch {epoch + 1} of {epochs}", total=batches.size, unit=" photos") as bar:
@@ -184,9 +184,8 @@ def train_epoch(
             if step % LOG_EVERY == LOG_EVERY - 1 or step == steps - 1:
                 mean_loss = float(sum(sums.values())) / (step + 1)
                 if not math.isfinite(mean_loss):
-                    raise UserError(
-                        f"the loss is {mean_loss} in epoch {epoch + 1}: lower learning_rate ({trainer.peak})"
-                    )
+                    peak = trainer.peak_learning_rate
+                    raise UserError(f"the loss is {mean_loss} in epoch {epoch + 1}: lower learning_rate ({peak})")
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             bar.update(batch_size)
     terms = {name: float(total) / steps for name, total in sums.items()}
@@ -202,7 +201,7 @@ def train_epoch(
 
 
 def load_batches(photos: Photos, decoded: DecodedPhotos, batches: np.ndarray, device: torch.device) -> Iterable[Batch]:
-    """The batches on the device; some are loaded ahead, on other cores."""
+    """The batches on the device, prefetched by worker threads."""
     labels = torch.from_numpy(photos.labels).to(device)
     pin = device.type == "cuda"
 
@@ -216,22 +215,23 @@ def load_batches(photos: Photos, decoded: DecodedPhotos, batches: np.ndarray, de
 
 
 def resume(trainer: Trainer, checkpoint: Checkpoint, path: Path, epochs: int) -> list[dict]:
-    """Takes the state of the checkpoint at `path`, if there is one, and returns its history; raises `UserError` if it
-    is of another run than `checkpoint`.
+    """Restores the state from the checkpoint at `path`, if there is one, and returns its history.
+
+    Raises `UserError` if it belongs to another run than `checkpoint`.
     """
     if not path.exists():
         print(f"nothing to resume: there is no {path}, so training starts at the first epoch", flush=True)
         return []
     stored = Checkpoint.load(path)
     stored.require_same_run(checkpoint, path)
-    trainer.read_from(stored)
+    trainer.load_state(stored)
     print(f"resumed from {path}: {len(stored.history)} of {epochs} epochs are done", flush=True)
     return stored.history
 
 
 def schedule(progress: float) -> float:
-    """The learning rate as a fraction of its peak, at `progress` in [0, 1]: a linear rise, then half a cosine
-    (Loshchilov and Hutter 2017, SGDR).
+    """The learning rate as a fraction of its peak, at `progress` in [0, 1]: a linear warm-up, then cosine decay
+    (Loshchilov and Hutter 2017, SGDR, without restarts).
     """
     if progress < WARM_UP:
         return max(progress / WARM_UP, 0.01)

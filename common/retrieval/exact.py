@@ -1,18 +1,18 @@
 """Exact k nearest neighbours by cosine similarity, on the CPU.
 
-The result is that of a float64 brute force over the unit vectors, ties going to the lower index, at about the cost of
-one matrix product in 16 bits. The gallery is compared block by block, and the k best so far are kept for each query:
+The ranking is that of a float64 brute force over the unit vectors, ties going to the lower index, at about the cost of
+one 16-bit matrix product. The gallery is scanned block by block, and the k best so far are kept for each query:
 
 1. Rough product. Queries and block are rounded to bfloat16, where the CPU multiplies that faster, and multiplied.
-2. Error bound. How far a rough score can be off the exact one is bounded by Cauchy-Schwarz from the rounding errors of
-   the vectors, which are measured, and by the known error of summing D products (`_error_bound`).
+2. Error bound. How far a rough score can deviate from the exact one is bounded by Cauchy-Schwarz from the rounding
+   errors of the vectors, which are measured, and by the known error of summing D products (`_error_bound`).
 3. Candidates. A score that is lower than the k-th best by more than both errors can't be among the k best. A lower
    bound of the k-th best comes cheaply from the maxima of groups of columns (`_candidates`).
-4. Exact rescoring. The few candidates are multiplied again in float32 (`_rescore`).
+4. Rescoring. The few candidates are multiplied again in float32 (`_rescore`).
 5. Merge. They join the k best so far. Those nearer to each other than float32 can tell apart are compared in float64
    (`_merge`).
 
-For less than `MIN_QUERIES_TO_ROUND` queries, which don't pay for rounding the block, the rough product is in float32;
+With fewer than `MIN_QUERIES_TO_ROUND` queries rounding the block doesn't pay off, and the rough product is in float32;
 the other steps are the same.
 """
 
@@ -31,7 +31,8 @@ GALLERY_BLOCK = 32_768  # gallery embeddings compared at a time
 QUERY_BLOCK = 256  # queries compared with them at a time, by one core
 MIN_QUERIES_TO_ROUND = 64
 RANK_BLOCK = 1 << 20  # similarities ranked at a time, by one core
-FLOAT32_EPSILON, BFLOAT16_EPSILON = 2.0**-24, 2.0**-9  # relative error of rounding to nearest
+FLOAT32_EPSILON = 2.0**-24  # largest relative error of rounding to float32
+BFLOAT16_ERROR = 2.0**-9  # largest absolute error of rounding a number below 1 to bfloat16
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
@@ -44,7 +45,7 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 
 
 class CosineKNN:
-    """Compares queries with every embedding of a gallery; memory beside the gallery's own is bounded."""
+    """Compares queries with every embedding of a gallery; memory beyond the gallery itself is bounded."""
 
     def __init__(self, gallery: np.ndarray) -> None:
         """`gallery`: float [N, D], N > 0, finite; normalized here."""
@@ -59,7 +60,7 @@ class CosineKNN:
         Args:
             queries: float [Q, D]; normalized here.
             k: 1 to N, or N - 1 with `exclude`.
-            exclude: int [Q], the gallery index that is not to be found for each query, its own; -1 for none.
+            exclude: int [Q], the gallery index to exclude for each query, usually its own; -1 for none.
 
         Returns:
             similarities: float32 [Q, k], cosines; indices: int64 [Q, k].
@@ -78,7 +79,7 @@ class CosineKNN:
         """The whole gallery in order of similarity, a chunk of queries at a time: (their slice, int64 [q, N]).
 
         For metrics over the full ranking. Similarities are compared in float32, so two photos closer than about 1e-7
-        may be in another order than `search` returns.
+        may be ordered differently than by `search`.
         """
         queries = self._checked(queries)
         rows = max(1, RANK_BLOCK // len(self.gallery))
@@ -124,9 +125,9 @@ class CosineKNN:
             row = np.flatnonzero((excluded_column[rows] >= 0) & (excluded_column[rows] < len(block)))
             excluded = row, excluded_column[rows][row]
             row, column = _candidates(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
-            exact = _rescore(queries[rows], block, row, column)
+            rescored = _rescore(queries[rows], block, row, column)
             similarities[rows], indices[rows] = self._merge(
-                queries[rows], similarities[rows], indices[rows], row, column + start, exact
+                queries[rows], similarities[rows], indices[rows], row, column + start, rescored
             )
 
         chunks = [slice(first, first + QUERY_BLOCK) for first in range(0, len(queries), QUERY_BLOCK)]
@@ -144,11 +145,11 @@ class CosineKNN:
         indices: np.ndarray,
         row: np.ndarray,
         index: np.ndarray,
-        exact: np.ndarray,
+        rescored: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best, [q, k], of the k best so far and of M candidates, in the order of exact arithmetic.
 
-        Of each candidate: the `row` of its query, its gallery `index`, its `exact` similarity, sorted by row and index.
+        Of each candidate: the `row` of its query, its gallery `index`, its `rescored` similarity; sorted by row, index.
         """
         k = similarities.shape[1]
         counts = np.bincount(row, minlength=len(queries))
@@ -156,20 +157,20 @@ class CosineKNN:
         scores = np.full((len(queries), k + counts.max()), -np.inf, np.float32)
         ids = np.full(scores.shape, len(self.gallery))
         scores[:, :k], ids[:, :k] = similarities, indices
-        scores[row, place], ids[row, place] = exact, index
+        scores[row, place], ids[row, place] = rescored, index
 
         # `_rescore` sums in four lanes or more, so two scores closer than this may be in the wrong order.
         tolerance = np.float32(2 * (queries.shape[1] / 4 + 4) * FLOAT32_EPSILON)
         order = _argsort_descending(scores)
         scores = np.take_along_axis(scores, order, axis=1)
-        contends = (scores >= scores[:, k - 1 : k] - tolerance) & (scores > -np.inf)
-        width = max(k, contends.sum(axis=1).max())
-        scores, contends = scores[:, :width], contends[:, :width]
+        in_contention = (scores >= scores[:, k - 1 : k] - tolerance) & (scores > -np.inf)
+        width = max(k, in_contention.sum(axis=1).max())
+        scores, in_contention = scores[:, :width], in_contention[:, :width]
         ids = np.take_along_axis(ids, order[:, :width], axis=1)
-        ties_next = (scores[:, :-1] <= scores[:, 1:] + tolerance) & contends[:, 1:]
+        ties_next = (scores[:, :-1] <= scores[:, 1:] + tolerance) & in_contention[:, 1:]
         tied = np.pad(ties_next, ((0, 0), (1, 0))) | np.pad(ties_next, ((0, 0), (0, 1)))
         row, place = np.nonzero(tied)
-        precise = np.where(contends, scores, -np.inf).astype(np.float64)
+        precise = np.where(in_contention, scores, -np.inf).astype(np.float64)
         for part in np.array_split(np.arange(len(row)), len(row) // 512 + 1):
             products = queries[row[part]].astype(np.float64) * self.gallery[ids[row[part], place[part]]]
             precise[row[part], place[part]] = products.sum(axis=1)
@@ -178,12 +179,12 @@ class CosineKNN:
 
 
 def _product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """[Q, N]. By torch, whose threads the network uses too: those of NumPy's BLAS spin on after a product and delay the
+    """[Q, N]. Uses torch, which shares its threads with the network; NumPy's BLAS threads keep spinning and delay the
     next photo's network (p99 of a query's latency 120 ms instead of 13 on two cores).
     """
     if len(queries) > 1:
         return queries @ gallery.T
-    # As 64 small products, one with a vector uses all cores and is five times as fast on two.
+    # A matrix-vector product split into 64 batched ones uses all cores and is five times as fast on two.
     height, dim = len(gallery) // 64, gallery.shape[1]
     parts = torch.bmm(gallery[: 64 * height].view(64, height, dim), queries.T.expand(64, dim, 1))
     return torch.cat([parts.view(1, 64 * height), queries @ gallery[64 * height :].T], dim=1)
@@ -209,36 +210,38 @@ def _rounding_errors(vectors: np.ndarray, precision: torch.dtype) -> np.ndarray:
 
 
 def _error_bound(query_errors: np.ndarray, block_error: float, dim: int, precision: torch.dtype) -> np.ndarray:
-    """How far rough scores can be off the exact ones: float32 [Q, 1].
+    """How far rough scores can deviate from the exact ones: float32 [Q, 1].
 
     |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'| (Cauchy-Schwarz); a sum in float32 is off by at most D * 2^-24
-    (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), and a result below 1 that is itself rounded to
-    bfloat16 by 2^-9.
+    (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), and rounding a result below 1 to bfloat16 adds
+    at most 2^-9. The factor 1.01 covers |q'| > 1.
     """
     summation = dim * FLOAT32_EPSILON
-    result = BFLOAT16_EPSILON if precision == torch.bfloat16 else 0
+    result = BFLOAT16_ERROR if precision == torch.bfloat16 else 0
     return np.asarray(query_errors + 1.01 * (block_error + summation) + result, np.float32)
 
 
 def _candidates(
     scores: torch.Tensor, k: int, kth_best: np.ndarray, margin: np.ndarray, excluded: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of the rough `scores`, bfloat16 or float32 [q, n], that may be among the k best, in this order.
+    """(row, column) of the rough `scores`, bfloat16 or float32 [q, n], that may be among the k best, sorted by row,
+    then column.
 
     `kth_best`, float32 [q, 1], is the k-th best score so far; two rough scores that differ by at most `margin`, float32
-    [q, 1], can be in the wrong order. Positions `excluded`, (row, column), are no candidates.
+    [q, 1], can be in the wrong order. Positions `excluded`, (row, column), are never candidates.
     """
     scores[excluded] = -torch.inf
     # Positive floats sort like their bits, and integers compare many times faster than bfloat16.
     bits = torch.int16 if scores.dtype == torch.bfloat16 else torch.int32
     keys = scores.view(bits).numpy()
     columns = keys.shape[1]
-    groups = min(16, columns // (4 * k)) or 1  # the k-th best of the groups' maxima is at most the k-th best of all
-    width = columns // groups
-    if k <= width:
-        maxima = keys[:, : groups * width].reshape(-1, groups, width).max(axis=1)
-        kth = np.partition(maxima, width - k, axis=1)[:, width - k, None].copy()
+    group_size = min(16, columns // (4 * k)) or 1
+    num_groups = columns // group_size
+    if k <= num_groups:  # the k-th best of the groups' maxima is at most the k-th best of all
+        maxima = keys[:, : group_size * num_groups].reshape(-1, group_size, num_groups).max(axis=1)
+        kth = np.partition(maxima, num_groups - k, axis=1)[:, num_groups - k, None].copy()
         kth_best = np.maximum(kth_best, torch.from_numpy(kth).view(scores.dtype).float().numpy())
+    # Scores of unit vectors are at most 1, but for rounding, which the error bound does not cover above 1.
     threshold = torch.from_numpy(np.minimum(kth_best, 1) - margin).to(scores.dtype)
     # Rounding the threshold loses no candidate, as the scores are rounded too. If it isn't positive, take all.
     mask = keys >= torch.where(threshold > 0, threshold.view(bits), torch.iinfo(bits).min).numpy()
@@ -262,7 +265,7 @@ def _rescore(queries: np.ndarray, block: np.ndarray, row: np.ndarray, column: np
 
 @functools.cache
 def _silence_sparse_warning() -> None:
-    """torch says once per process that sparse CSR tensors are in beta; here nobody sees it."""
+    """Triggers torch's once-per-process warning that sparse CSR tensors are in beta while it is suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 1], [0], [0.0], size=(1, 1), check_invariants=False)

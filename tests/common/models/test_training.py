@@ -40,7 +40,8 @@ def run(photos, embedder):
         torch.manual_seed(5)
         network = nn.Sequential(
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8), nn.Dropout(0.5), nn.Linear(8, 3)
-        )
+        ).eval()
+        run.network = network
         steps = iter(range(10**6))
 
         def training_step(forward, batch):
@@ -185,6 +186,13 @@ def test_fewer_photos_than_a_batch_are_one_batch(run, photos, tmp_path):
     few = photos.subset(np.arange(7))
     run(Config(epochs=1), tmp_path / "small.pt", photos=few, observe=lambda batch: sizes.append(len(batch.images)))
     assert sizes == [7]
+
+
+def test_a_network_is_in_training_mode_only_if_it_is_trained(run, tmp_path):
+    """Otherwise batch normalization and dropout would change what is embedded with it."""
+    for epochs in (0, 1):
+        run(Config(epochs=epochs), tmp_path / "small.pt")
+        assert run.network.training == bool(epochs)
 
 
 def test_no_epochs_leave_a_checkpoint_and_the_network_alone(run, tmp_path):
