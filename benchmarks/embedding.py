@@ -1,7 +1,7 @@
 """How fast are photos on disk embedded?  python -m benchmarks.embedding --data FOLDER
 
 Ours, in the device's fast precision, against what a user would pick instead, on the same photos, interleaved in one
-run, for three networks:
+run, for each network:
 
 - plain_loop: a PyTorch DataLoader with a worker per core, torchvision's own transforms, float32, batches of 64
 - one_at_a_time: the same without a loader, photo by photo, as small "image to vector" packages do
@@ -36,7 +36,7 @@ from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
 from common.parallel import parallel_map
 
-NETWORKS = {"squeezenet1_1": 1, "resnet18": 2, "resnet50": 4}  # the photos are divided by this for slower networks
+SLOWER = {"resnet18": 2, "resnet50": 4}  # the number of photos is divided by this for slower networks
 BATCH = 64  # photos, of the plain loop
 
 
@@ -49,6 +49,7 @@ class Config:
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
     photos: Annotated[int, Range(1, 1e6)] = 512  # embedded in a round by each contender with the fastest network
     repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
+    networks: str = "squeezenet1_1 resnet18 resnet50"  # any classification networks of torchvision
 
 
 class PlainDataset(Dataset):
@@ -155,8 +156,8 @@ def main(config: Config) -> None:
     device = choose_device(config.device)
     everything = load_photos(locate_photos(config.data))
     ratios, seconds, cosines, counts = {}, {}, {}, {}
-    for name, divisor in NETWORKS.items():
-        photos = measure.sample(everything, max(1, config.photos // divisor))
+    for name in config.networks.split():
+        photos = measure.sample(everything, max(1, config.photos // SLOWER.get(name, 1)))
         counts[name] = len(photos)
         seconds[name], cosines[name] = compare(name, photos, config)
         alone = zip(seconds[name]["decode_alone"], seconds[name]["network_alone"], strict=True)

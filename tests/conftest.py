@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+# Several workers run tests at the same time; and on a busy machine, threads that wait for each other in every operation
+# take ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 from common.data.synthetic import draw_dataset
@@ -18,8 +23,6 @@ from common.models.backbones import load_backbone
 from common.models.embedder import Embedder
 
 ROOT = Path(__file__).resolve().parents[1]
-# On a busy machine, threads that wait for each other in every operation take ten times as long.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +44,7 @@ def offline(tmp_path: Path) -> dict[str, str]:
     """An environment in which nothing can be downloaded and no weights are cached, on any machine."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     nothing_cached = {"no_proxy": "", "NO_PROXY": "", "TORCH_HOME": str(tmp_path / "torch")}
-    return {**os.environ, **ONE_THREAD, **nowhere, **nothing_cached}
+    return {**os.environ, **nowhere, **nothing_cached}
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, synthetic_photos: Path) ->
         ("cnn_feature_extraction", squeezenet),
     ):
         command = [sys.executable, str(ROOT / f"{script}.py"), *data, *size, *options]
-        environment = {**os.environ, **ONE_THREAD}
-        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stderr
     return folder / "results"
 

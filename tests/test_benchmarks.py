@@ -17,11 +17,14 @@ from common.extras import require
 from common.models.backbones import load_preprocessing
 from tests.conftest import ROOT
 
-NETWORKS = ("squeezenet1_1", "resnet18", "resnet50")
 CASES = {  # name: (arguments, ratios)
     "embedding": (
-        ("--photos", "8"),
-        {f"{side}_{name}" for name in NETWORKS for side in ("plain_loop", "one_at_a_time", "onnx_runtime", "limit")},
+        ("--photos", "8", "--networks", "squeezenet1_1 resnet18"),
+        {
+            f"{side}_{name}"
+            for side in ("plain_loop", "one_at_a_time", "onnx_runtime", "limit")
+            for name in ("squeezenet1_1", "resnet18")
+        },
     ),
     "exact_search": (
         ("--weights", "none", "--sizes", "200"),
@@ -33,7 +36,7 @@ CASES = {  # name: (arguments, ratios)
         {"linear_build_400", "linear_search_400", "linear_latency_400"},
     ),
     "training": (
-        ("--photos", "64"),
+        ("--photos", "16"),
         {"limit_siamese", "limit_autoencoder", "plain_loop_siamese", "plain_loop_autoencoder"},
     ),
 }
