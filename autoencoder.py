@@ -202,21 +202,22 @@ def main(config: Config) -> Path:
     preprocessing = load_preprocessing(config.backbone, config.weights, config.image_size, config.whole_photo)
     decoded = DecodedPhotos(preprocessing, run.cache)
     teacher, weights = load_teacher(run)
-    gallery, queries = run.load_photos(decoded, *([teacher] if teacher else []))
-    features = torch.empty(len(gallery), 0)
+    split = run.load_photos(decoded, *([teacher] if teacher else []))
+    features = torch.empty(len(split.train), 0)
     if teacher:
-        features = torch.from_numpy(teacher.embed_photos(gallery, "features to match"))
+        run.measure_baseline("pretrained", teacher, split)
+        features = torch.from_numpy(teacher.embed_photos(split.train, "features to match"))
         features = whiten(features, config.embedding_dim, config.whitening)
 
     torch.manual_seed(config.seed)  # the teacher's initial weights, if any, used some of the generator
     model = {"backbone": f"autoencoder, width {config.width}, features of {config.backbone}", "weights": weights}
-    network, history = train_autoencoder(run, features.to(run.device), gallery, decoded, model)
+    network, history = train_autoencoder(run, features.to(run.device), split.train, decoded, model)
 
     embedder = run.embedder(network.encoder, decoded)
-    evaluation = run.evaluate(embedder, gallery, queries)
-    scores, picture = reconstruct(network, decoded, queries, run.device)
+    evaluation = run.evaluate(embedder, split)
+    scores, picture = reconstruct(network, decoded, split.test.queries, run.device)
     extra, pictures = {"reconstruction": scores}, {"reconstructions": picture}
-    return run.report(embedder, model, gallery, queries, evaluation, history, extra, pictures)
+    return run.report(embedder, model, split, evaluation, history, extra, pictures)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.config import Range, RunConfig, run_script
+from common.config import Range, RunConfig, UserError, run_script
 from common.data.photos import Photos
 from common.models.augment import random_views
 from common.models.backbones import Backbone, load_backbone, output_dim, rebuild_backbone
@@ -35,6 +35,7 @@ from common.models.layers import ForceFloat32
 from common.models.losses import info_nce
 from common.models.preprocessing import Preprocessing
 from common.models.training import Batch, Losses, train
+from common.models.weights import UNTRAINED
 from common.report.run import Run
 
 SYNTHETIC_OVERRIDES = {"image_size": (0, 96), "view_size": (160, 64)}  # (default, quick run)
@@ -133,15 +134,20 @@ def main(config: Config) -> Path:
     backbone = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing=run.is_synthetic)
     decoded = DecodedPhotos(backbone.preprocessing, run.cache if config.epochs else None)
     embedder = run.embedder(backbone.network, decoded)
-    gallery, queries = run.load_photos(decoded if config.epochs else embedder)  # filled as the files are read
+    split = run.load_photos(decoded if config.epochs else embedder)  # filled as the files are read
+    if config.epochs and len(split.train.classes) < 2:
+        raise UserError(
+            f"{run.folder} has one class only, but fine-tuning learns to tell classes apart: use the features as they "
+            "are with --epochs 0, or train on views alone with python siamese.py"
+        )
+    if backbone.weights != UNTRAINED:
+        run.measure_baseline("pretrained", embedder, split)
 
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    before = {"metrics_frozen": run.evaluate(embedder, gallery, queries).metrics} if config.epochs else {}
-    history = fine_tune(run, backbone, gallery, decoded, model)
+    history = fine_tune(run, backbone, split.train, decoded, model)
     if history:  # another network now, with other cached embeddings
         embedder = run.embedder(backbone.network, decoded)
-    evaluation = run.evaluate(embedder, gallery, queries)
-    return run.report(embedder, model, gallery, queries, evaluation, history, before)
+    return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from common.config import Range, RunConfig, UserError, run_script
 from common.data.photos import Photos
-from common.data.split import hold_out
+from common.data.split import group_by_class
 from common.models.augment import random_views
 from common.models.backbones import Backbone, load_backbone, output_dim, rebuild_backbone
 from common.models.checkpoint import Checkpoint
@@ -35,8 +35,8 @@ from common.models.layers import ForceFloat32
 from common.models.losses import info_nce
 from common.models.preprocessing import Preprocessing
 from common.models.training import Batch, Losses, train
+from common.models.weights import UNTRAINED
 from common.report.run import Run
-from common.retrieval.verification import verify
 
 CENTER_PHOTOS = 256  # photos used to center the projection
 SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (7, 5)}  # (default, quick run)
@@ -137,7 +137,7 @@ class ClassPairSampler:
     def epoch(self, rng: np.random.Generator) -> np.ndarray:
         """The order of an epoch, int64 N."""
         shuffled = rng.permutation(len(self.labels))
-        by_class = [shuffled[self.labels[shuffled] == label] for label in np.unique(self.labels)]
+        by_class = [shuffled[places] for places in group_by_class(self.labels[shuffled])]
         paired = np.concatenate([photos[: len(photos) // 2 * 2] for photos in by_class])
         left_over = np.concatenate([photos[len(photos) // 2 * 2 :] for photos in by_class])
         pairs, last = np.split(np.concatenate([paired, left_over]), [len(self.labels) // 2 * 2])
@@ -182,18 +182,18 @@ def main(config: Config) -> Path:
     shape = config.image_size, config.pooling, config.whole_photo
     backbone = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing=run.is_synthetic)
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
-    gallery, queries = run.load_photos(decoded)
-    train_photos, validation = hold_out(gallery, config.seed)
+    frozen = run.embedder(backbone.network, decoded)
+    split = run.load_photos(decoded)
+    if backbone.weights != UNTRAINED:
+        run.measure_baseline("pretrained", frozen, split)
 
     network = SiameseNetwork(backbone, config.embedding_dim)
-    network.center_projection(decoded.load_sample(train_photos, CENTER_PHOTOS), backbone.preprocessing)
+    network.center_projection(decoded.load_sample(split.train, CENTER_PHOTOS), backbone.preprocessing)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    history = train_on_pairs(run, network, train_photos, decoded, model)
+    history = train_on_pairs(run, network, split.train, decoded, model)
     embedder = run.embedder(network, decoded)
-    evaluation = run.evaluate(embedder, gallery, queries)
-    extra = {"verification": verify(embedder, validation, queries)}
-    return run.report(embedder, model, gallery, queries, evaluation, history, extra)
+    return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,11 @@ class RunConfig:
     # Data
     data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it has any, else a download
     queries: str = ""  # a folder of query photos; empty: 10 % of each class of data is held out as queries
-    split: Literal["test", "validation"] = "test"  # "validation" takes the queries from the gallery: tune on that one
+    split: Literal["test", "validation", "unseen"] = (
+        "test"  # "validation": queries from the gallery, to tune on; "unseen": half of the classes train, others test
+    )
+    also: tuple[str, ...] = ()  # more labelled folders to test on alone, each photo searching the others
+    labelled: bool = True  # False: folders are no classes; train on views alone
     seed: int = 0  # of the split, the initial weights, the order of the photos, their views and the distorted copies
 
     # Computing
@@ -62,8 +66,9 @@ def parse_config(config_class: type[ConfigT], description: str, arguments: list[
     """An instance of the dataclass `config_class` whose fields the command line may override: `--batch-size 32`.
 
     Every field needs a default. Its type (int, float, str, bool or a Literal) checks the flag, `Annotated[..., Range]`
-    limits it, and the comment behind it is its help text. A tuple[str, ...] takes the positional arguments. The names
-    of the flags that were given are kept for `apply_overrides`. `arguments` are those of the command line by default.
+    limits it, and the comment behind it is its help text. A tuple[str, ...] takes any number of values: the positional
+    arguments, or in a `RunConfig` those behind its flag. The names of the flags that were given are kept for
+    `apply_overrides`. `arguments` are those of the command line by default.
 
     Raises:
         UserError: a value out of its range, or a flag that is called differently now.
@@ -76,7 +81,7 @@ def parse_config(config_class: type[ConfigT], description: str, arguments: list[
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for name, field in fields.items():
         kind, _ = _type_and_range(config_class, name)
-        if typing.get_origin(kind) is tuple:
+        if typing.get_origin(kind) is tuple and not issubclass(config_class, RunConfig):
             parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, help=comments.get(name))
             continue
         flags = dict.fromkeys(("--" + name.replace("_", "-"), "--" + name, *(["-" + name] if len(name) == 1 else [])))
@@ -192,6 +197,8 @@ def _parsing(kind: Any) -> dict[str, Any]:
     """What argparse needs to read a flag of type `kind`."""
     if typing.get_origin(kind) is Literal:
         return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is tuple:
+        return {"nargs": "+", "metavar": "FOLDER"}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is int:

@@ -21,6 +21,7 @@ from common.storage import RowCache
 
 MAX_SKIPPED = 0.1  # a larger fraction of unreadable photos stops a run
 MAX_KEPT_BYTES = 500_000_000  # files are kept in memory up to this size, so that a run does not read them again
+NO_CLASS = ""  # the class of a photo whose class is unknown
 CHUNK = 32  # files read at a time by one core, where nothing is made of them
 
 
@@ -88,7 +89,7 @@ class Photos:
         return self.folder / self.paths[index]
 
     def class_name(self, index: int) -> str:
-        """The class of a photo; "" if it has none."""
+        """The class of a photo, perhaps `NO_CLASS`."""
         return self.classes[self.labels[index]]
 
     def read(self, index: int) -> bytes:
@@ -120,14 +121,16 @@ def hash_content(data: bytes) -> bytes:
     return hashlib.sha256(data).hexdigest().encode()
 
 
-def load_photos(folder: Path, consumers: Sequence[FileConsumer] = (), label: str = "reading photos") -> Photos:
+def load_photos(
+    folder: Path, consumers: Sequence[FileConsumer] = (), label: str = "reading photos", labelled: bool = True
+) -> Photos:
     """Reads every photo below `folder` once: hashes it and hands it to each consumer that lacks it.
 
     For runs that measure: photos of no class are skipped, and contents are kept in memory up to `MAX_KEPT_BYTES`.
-    `label` names the progress bar. Raises `UserError` if there is no such folder, no photo, or more than `MAX_SKIPPED`
-    of the files can't be used.
+    `label` names the progress bar. Unless `labelled`, all photos are of the class `NO_CLASS`. Raises `UserError` if
+    there is no such folder, no photo, or more than `MAX_SKIPPED` of the files can't be used.
     """
-    found = _find(folder)
+    found = _find(folder) if labelled else [(path, NO_CLASS) for path, _ in _find(folder)]
     reasons = {path: "no class: neither its folder nor its name tells one" for path, name in found if name is None}
     paths = [path for path, name in found if name is not None]
     files = FileStore()
@@ -140,10 +143,10 @@ def load_library(
 ) -> Photos:
     """The same for searching: files of the same path, size and time of change as last time are not read again.
 
-    Their hashes are kept in `cache`. Photos of no class get the class "", and any number of files may be unusable as
-    long as one is not. Raises `UserError`.
+    Their hashes are kept in `cache`. Photos of no class get the class `NO_CLASS`, and any number of files may be
+    unusable as long as one is not. Raises `UserError`.
     """
-    found = [(path, name or "") for path, name in _find(folder)]
+    found = [(path, name or NO_CLASS) for path, name in _find(folder)]
     paths = [path for path, _ in found]
     reasons: dict[str, str] = {}
     with RowCache(cache, "SHA-256 of files by path, size and time of change", (), "S64") as known:

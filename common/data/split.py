@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,32 +15,75 @@ from common.data.photos import FileConsumer, Photos, load_photos
 
 QUERY_FRACTION = 0.1
 MAX_HELD_OUT = 500  # photos
+MIN_UNSEEN_CLASSES = 4  # that `--split unseen` needs: two to train on, two to search
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Photos to search and photos to search with. In leave-one-out the queries are in the gallery."""
+
+    gallery: Photos
+    queries: Photos
+    exclude: np.ndarray | None = None  # int64 [Q]: where each query is in the gallery, not to be found; None: nowhere
+
+    @property
+    def parts(self) -> tuple[Photos, ...]:
+        """The gallery, and the queries if they are not in it: each photo once."""
+        return (self.gallery, self.queries) if self.exclude is None else (self.gallery,)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a run trains on and what it is tested on."""
+
+    train: Photos
+    validation: Photos  # of the same classes, not trained on: for choices that trained photos would bias
+    test: TestSet
+
+    @property
+    def parts(self) -> tuple[Photos, ...]:
+        """All photos of the run, each once: the gallery holds those trained on unless their classes are others."""
+        shared = self.train.classes == self.test.gallery.classes
+        return self.test.parts if shared else (self.train, self.validation, *self.test.parts)
 
 
 def load_split(
-    folder: Path, queries: str, split: str, seed: int, consumers: Sequence[FileConsumer] = ()
-) -> tuple[Photos, Photos]:
-    """Gallery and queries of an evaluation: the photos searched (and trained on), and those to search with.
+    folder: Path,
+    queries: str,
+    split: str,
+    seed: int,
+    consumers: Sequence[FileConsumer] = (),
+    labelled: bool = True,
+) -> Split:
+    """The photos of an evaluation: those to train on, those searched, and those to search with.
 
     Args:
         folder: the photos.
         queries: another folder with the query photos; a photo of `folder` that is byte-identical to one of them leaves
             the gallery. "": a tenth of `folder` is held out as queries.
-        split: "test", or "validation": the queries are a tenth of the gallery, and the test queries stay unseen.
+        split: "test"; "validation": the queries are a tenth of the gallery, and the test queries stay unseen; or
+            "unseen": the first half of the classes is trained on, and each photo of the others searches all others of
+            those (leave one out).
         seed: of the split.
         consumers: see `load_photos`.
+        labelled: whether folders and file names tell classes; if not, all photos are of one.
 
     Raises:
         UserError: as `load_photos`, or there are too few photos or classes.
     """
-    photos = load_photos(folder, consumers)
+    photos = load_photos(folder, consumers, labelled=labelled)
+    if split == "unseen":
+        if queries:
+            raise UserError("split unseen takes its queries from the classes not trained on: leave --queries out")
+        return split_by_class(photos, seed)
     if queries:
-        gallery, held_out = _with_queries_of(photos, load_photos(Path(queries), consumers, "reading queries"))
+        others = load_photos(Path(queries), consumers, "reading queries", labelled)
+        gallery, held_out = _with_queries_of(photos, others)
     else:
         gallery, held_out = split_photos(photos, seed, "test")
-    if len(photos.classes) < 2:
-        raise UserError(f"{folder} has one class only, {photos.classes[0]}: at least two are needed to tell apart")
-    return split_photos(gallery, seed, "validation") if split == "validation" else (gallery, held_out)
+    if split == "validation":
+        gallery, held_out = split_photos(gallery, seed, "validation")
+    return Split(*hold_out(gallery, seed), TestSet(gallery, held_out))
 
 
 def split_photos(photos: Photos, seed: int, purpose: str) -> tuple[Photos, Photos]:
@@ -49,16 +93,7 @@ def split_photos(photos: Photos, seed: int, purpose: str) -> tuple[Photos, Photo
     queries. So byte-identical photos stay together, file names and order don't matter, and when photos are added the
     others keep their side, except for the few next to the boundary. A class with a single content stays in the gallery.
     """
-    counts = [Counter(photos.sha256[photos.labels == label].tolist()) for label in range(len(photos.classes))]
-    # sha256 -> is a query; the only content of a class stays, even if another class has a copy of it
-    is_query = {content: False for copies in counts if len(copies) == 1 for content in copies}
-    for copies in counts:
-        quota = max(1, round(QUERY_FRACTION * copies.total())) if len(copies) > 1 else 0
-        quota -= sum(count for content, count in copies.items() if is_query.get(content, False))
-        for content in sorted(copies.keys() - is_query.keys(), key=partial(_rank, seed, purpose)):
-            is_query[content] = quota > 0
-            quota -= copies[content] if is_query[content] else 0
-    held_out = np.array([is_query[content] for content in photos.sha256.tolist()])
+    held_out = _held_out(photos, seed, purpose, at_least=1)
     if not held_out.any():
         raise UserError(f"{photos.folder} has too few photos to hold queries out: at least two of a class are needed")
     if lost := set(photos.labels[held_out].tolist()) - set(photos.labels[~held_out].tolist()):
@@ -71,11 +106,49 @@ def hold_out(gallery: Photos, seed: int) -> tuple[Photos, Photos]:
     """The gallery to train on, and up to `MAX_HELD_OUT` photos of it that training does not see: (train, validation).
 
     For choices that trained photos would bias. They are some of the queries of `--split validation`, and copies of
-    them are not trained on either.
+    them are not trained on either. Classes of a few photos keep them all for training.
     """
-    _, validation = split_photos(gallery, seed, "validation")
-    validation = validation.subset(np.linspace(0, len(validation) - 1, min(MAX_HELD_OUT, len(validation))).astype(int))
+    held_out = np.flatnonzero(_held_out(gallery, seed, "validation", at_least=0))
+    if len(held_out) > MAX_HELD_OUT:
+        held_out = held_out[np.linspace(0, len(held_out) - 1, MAX_HELD_OUT).astype(int)]
+    validation = gallery.subset(held_out)
     return gallery.subset(np.flatnonzero(~np.isin(gallery.sha256, validation.sha256))), validation
+
+
+def split_by_class(photos: Photos, seed: int) -> Split:
+    """Trains on the first half of the classes, in the order of their names, and tests on the others, leave one out.
+
+    As CUB-200, Cars-196 and Stanford Online Products are scored (Oh Song et al. 2016). Raises `UserError`.
+    """
+    if len(photos.classes) < MIN_UNSEEN_CLASSES:
+        raise UserError(
+            f"{photos.folder} has {len(photos.classes)} classes: split unseen needs {MIN_UNSEEN_CLASSES} or more, to "
+            "train on one half of them and test on the other"
+        )
+    half = (len(photos.classes) + 1) // 2
+    known, unknown = photos.subset(np.flatnonzero(photos.labels < half)), np.flatnonzero(photos.labels >= half)
+    test = leave_one_out(
+        dataclasses.replace(photos.subset(unknown), labels=photos.labels[unknown] - half, classes=photos.classes[half:])
+    )
+    known = known.subset(np.flatnonzero(~np.isin(known.sha256, test.gallery.sha256)))
+    return Split(*hold_out(dataclasses.replace(known, classes=photos.classes[:half]), seed), test)
+
+
+def leave_one_out(photos: Photos) -> TestSet:
+    """Every photo searches all others. Of byte-identical photos the first one stays; the only photo of a class is
+    searched, but has nothing to find. Raises `UserError` if that is so for all.
+    """
+    gallery = photos.subset(np.sort(np.unique(photos.sha256, return_index=True)[1]))
+    queries = np.flatnonzero(np.bincount(gallery.labels)[gallery.labels] > 1)
+    if not len(queries):
+        raise UserError(f"{photos.folder} has no class of two different photos: there is nothing to find")
+    return TestSet(gallery, gallery.subset(queries), queries)
+
+
+def group_by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """The places of each label that occurs in int [N], in ascending order of labels: int [M] each."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(labels) else []
 
 
 def fingerprint(*parts: Photos) -> str:
@@ -88,19 +161,34 @@ def fingerprint(*parts: Photos) -> str:
     return hashlib.sha256(b"\n".join(entries)).hexdigest()
 
 
-def describe(gallery: Photos, queries: Photos) -> dict:
-    """The `dataset` part of a result file: the photos searched, the queries, what was left out."""
-    sha256 = np.concatenate([gallery.sha256, queries.sha256])
-    skipped = {(str(part.folder), entry["path"]): entry for part in (gallery, queries) for entry in part.skipped}
+def describe(split: Split) -> dict:
+    """The `dataset` part of a result file: the photos trained on, those searched, the queries, what was left out."""
+    gallery = split.test.gallery
+    sha256 = np.concatenate([part.sha256 for part in split.parts])
+    skipped = {(str(part.folder), entry["path"]): entry for part in split.parts for entry in part.skipped}
+    counts = np.bincount(gallery.labels, minlength=len(gallery.classes)).tolist()
     return {
-        "name": gallery.name,
-        "folder": gallery.folder.as_posix(),
-        "fingerprint": fingerprint(gallery, queries),
-        "classes": {name: int((gallery.labels == label).sum()) for label, name in enumerate(gallery.classes)},
-        "gallery": len(gallery),
-        "queries": len(queries),
+        **describe_test_set(split.test),
+        "fingerprint": fingerprint(*split.parts),
+        "classes": dict(zip(gallery.classes, counts, strict=True)),
+        "train": len(split.train),
+        "train_classes": len(split.train.classes),
         "skipped": list(skipped.values()),
         "duplicates": len(sha256) - len(np.unique(sha256)),
+    }
+
+
+def describe_test_set(test: TestSet) -> dict:
+    """The same of a further test set."""
+    skipped = {(str(part.folder), entry["path"]): entry for part in test.parts for entry in part.skipped}
+    return {
+        "name": test.gallery.name,
+        "folder": test.gallery.folder.as_posix(),
+        "fingerprint": fingerprint(*test.parts),
+        "classes": len(test.gallery.classes),
+        "gallery": len(test.gallery),
+        "queries": len(test.queries),
+        "skipped": list(skipped.values()),
     }
 
 
@@ -117,6 +205,20 @@ def _with_queries_of(photos: Photos, queries: Photos) -> tuple[Photos, Photos]:
         names = ", ".join(photos.classes[label] for label in sorted(missing))
         raise UserError(f"every photo of {names} in {photos.folder} is also in {queries.folder}: no match is left")
     return gallery, queries
+
+
+def _held_out(photos: Photos, seed: int, purpose: str, at_least: int) -> np.ndarray:
+    """bool [N]: the tenth of each class to hold out, `at_least` so many of a class with two contents or more."""
+    counts = [Counter(photos.sha256[places].tolist()) for places in group_by_class(photos.labels)]
+    # sha256 -> is held out; the only content of a class stays, even if another class has a copy of it
+    is_held_out = {content: False for copies in counts if len(copies) == 1 for content in copies}
+    for copies in counts:
+        quota = max(at_least, round(QUERY_FRACTION * copies.total())) if len(copies) > 1 else 0
+        quota -= sum(count for content, count in copies.items() if is_held_out.get(content, False))
+        for content in sorted(copies.keys() - is_held_out.keys(), key=partial(_rank, seed, purpose)):
+            is_held_out[content] = quota > 0
+            quota -= copies[content] if is_held_out[content] else 0
+    return np.array([is_held_out[content] for content in photos.sha256.tolist()], bool)
 
 
 def _rank(seed: int, purpose: str, content: bytes) -> str:

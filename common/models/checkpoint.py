@@ -10,8 +10,15 @@ import torch
 from common.config import UserError
 from common.storage import atomic_write
 
-SCHEMA = 3  # version of the fields below
-RESUMABLE_FIELDS = {"results", "cache", "resume", "device", "embed_batch_size"}  # may differ when a run is resumed
+SCHEMA = 4  # version of the fields below
+RESUMABLE_FIELDS = {
+    "results",
+    "cache",
+    "resume",
+    "device",
+    "embed_batch_size",
+    "also",
+}  # may differ when a run is resumed
 
 
 @dataclass
@@ -29,6 +36,7 @@ class Checkpoint:
     network: dict[str, torch.Tensor] = field(default_factory=dict)  # state dict
     optimizer: dict[str, Any] | None = None  # state dicts; None after the last epoch
     scaler: dict[str, Any] | None = None
+    verification: dict[str, float] = field(default_factory=dict)  # as in the result file, once it is written
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:

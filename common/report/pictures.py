@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.data.decode import decode_photo
-from common.data.photos import Photos
+from common.data.split import TestSet
 from common.retrieval.engine import SearchEngine, SearchResult
 from common.retrieval.protocol import Evaluation
 
@@ -29,10 +29,10 @@ class Tile:
     frame: str | None = None
 
 
-def draw_evaluation(
-    heading: str, subheading: str, gallery: Photos, queries: Photos, evaluation: Evaluation
-) -> Image.Image:
+def draw_evaluation(heading: str, subheading: str, test: TestSet, evaluation: Evaluation) -> Image.Image:
     """Some queries, evenly spread, each with its nearest photos: similarities, and frames for the class."""
+    gallery, queries = test.gallery, test.queries
+    is_labelled = len(gallery.classes) > 1
 
     def row(query: int) -> list[Tile]:
         label = queries.labels[query]
@@ -44,7 +44,7 @@ def draw_evaluation(
                 Tile(
                     decode_photo(gallery.read(index)),
                     f"{similarity:.3f}",
-                    CORRECT if gallery.labels[index] == label else WRONG,
+                    (CORRECT if gallery.labels[index] == label else WRONG) if is_labelled else None,
                 )
                 for index, similarity in zip(neighbours, similarities, strict=True)
             ),

@@ -3,19 +3,27 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.data.photos import Photos
+import numpy as np
+
+from common.data.split import TestSet
+from common.retrieval.distortions import KINDS
 from common.retrieval.protocol import Evaluation
 from common.storage import atomic_write
 
-SCHEMA = 2  # version of the fields, which docs/result-file.md describes
-READABLE_SCHEMAS = (1, 2)  # 1 had other names for fields that no comparison needs, and no dataset.synthetic
+SCHEMA = 3  # version of the fields, which docs/result-file.md describes
+READABLE_SCHEMAS = (1, 2, 3)  # earlier ones had other names for some fields, and instance retrieval of trained photos
 NUM_LISTED = 10  # neighbours of each query in the .csv
 SUMMARY = (  # metrics on the screen; the result file has all
-    *("precision@1", "precision@5", "precision@100", "hit_rate@5", "accuracy@5", "map@100", "r_precision", "map@r"),
+    *("precision@5", "recall@100", "accuracy@5"),  # the three that retrieval is judged by come first
+    *("precision@1", "precision@100", "hit_rate@1", "map@100", "r_precision", "map@r"),
     *("instance_hit_rate@1", "instance_hit_rate@5", "instance_mrr"),
+    *(f"instance_hit_rate@1_{kind}" for kind in KINDS),
 )
+ALSO_SUMMARY = ("hit_rate@1", "precision@5", "map@r")  # of further test sets
+COLUMNS = {"pretrained": "pre-trained", "raw_pixels": "raw pixels", "chance": "chance"}  # baselines
 
 
 def to_json(result: dict) -> str:
@@ -30,8 +38,22 @@ def write_json(path: Path, result: dict) -> Path:
     return path
 
 
-def neighbours_csv(gallery: Photos, queries: Photos, evaluation: Evaluation) -> str:
+def per_query(evaluation: Evaluation, test_sets: dict[str, TestSet]) -> dict[str, np.ndarray]:
+    """The value of every metric for every query, float32 [Q], and the queries' `sha256`: for paired comparisons.
+
+    Of a further test set the names are "<test set>/<metric>".
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, test in test_sets.items():
+        prefix = f"{name}/" if name else ""
+        arrays[f"{prefix}sha256"] = test.queries.sha256
+        arrays |= {f"{prefix}{metric}": each.astype(np.float32) for metric, each in evaluation.values[name].items()}
+    return arrays
+
+
+def neighbours_csv(test: TestSet, evaluation: Evaluation) -> str:
     """A line for each of a query's first neighbours: query, rank from 1, neighbour, similarity, relevant 0 or 1."""
+    gallery, queries = test.gallery, test.queries
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("query", "rank", "neighbour", "similarity", "relevant"))
@@ -48,18 +70,17 @@ def summary(result: dict) -> str:
     """The figures that a person looks for first, as a few lines of text."""
     dataset, model, timing = result["dataset"], result["model"], result["timing"]
     counts = ", ".join(f"{count:,} {name}" for name, count in list(dataset["classes"].items())[:6])
+    counts += f", ... of {len(dataset['classes']):,} classes" if len(dataset["classes"]) > 6 else ""
+    counts = f" ({counts})" if len(dataset["classes"]) > 1 else ""
     lines = [
         f"\n{result['approach']}: {model['backbone']}, weights {model['weights']}, {model['embedding_dim']} dimensions",
-        f"{dataset['name']}: {dataset['gallery']:,} photos in the gallery ({counts}), {dataset['queries']:,} queries, "
+        f"{dataset['name']}: {dataset['gallery']:,} photos in the gallery{counts}, {dataset['queries']:,} queries, "
         f"{len(dataset['skipped'])} skipped\n",
-        f"{'':22}{'value':>7}  {'95 % interval':^15}  {'raw pixels':>10}  {'chance':>7}",
+        *score_table(result, SUMMARY),
     ]
-    for name in (name for name in SUMMARY if name in result["metrics"]):
-        score = result["metrics"][name]
-        baselines = [result["baselines"][baseline].get(name) for baseline in ("raw_pixels", "chance")]
-        pixels, chance = (f"{baseline['value']:.3f}" if baseline else "" for baseline in baselines)
-        interval = f"{score['low']:.3f} to {score['high']:.3f}"
-        lines.append(f"{name:22}{score['value']:7.3f}  {interval}  {pixels:>10}  {chance:>7}")
+    for name, also in result.get("also", {}).items():
+        lines += [f"\n{name}: {also['queries']:,} queries, {also['classes']:,} classes, each photo against all others"]
+        lines += score_table(also, ALSO_SUMMARY)
     latency = timing["query_latency_ms"]
     lines.append(
         f"\n{timing['embed_photos_per_second']:,.0f} photos/s embedded, {timing['search_queries_per_second']:,.0f} "
@@ -67,3 +88,19 @@ def summary(result: dict) -> str:
         f" {timing['total_seconds']:.0f} s in total"
     )
     return "\n".join(lines)
+
+
+def score_table(result: dict, names: Sequence[str]) -> list[str]:
+    """A line for each of the metrics `names` that was measured, with its interval and the baselines."""
+    columns = {name: label for name, label in COLUMNS.items() if name in result["baselines"]}
+    lines = [f"{'':31}{'value':>7}  {'95 % interval':^15}" + "".join(f"  {label:>11}" for label in columns.values())]
+    for name in (name for name in names if name in result["metrics"]):
+        score = result["metrics"][name]
+        digits = 4 if name.startswith("recall") else 3  # few of many relevant photos fit in the first 100
+        baselines = [result["baselines"][column].get(name) for column in columns]
+        cells = [f"{baseline['value']:.{digits}f}" if baseline else "" for baseline in baselines]
+        interval = f"{score['low']:.{digits}f} to {score['high']:.{digits}f}"
+        lines.append(
+            f"{name:31}{score['value']:7.{digits}f}  {interval:^15}" + "".join(f"  {cell:>11}" for cell in cells)
+        )
+    return [line.rstrip() for line in lines]

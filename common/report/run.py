@@ -3,18 +3,19 @@
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 
-from common.config import RunConfig, apply_overrides, hyperparameters
-from common.data.photos import FileConsumer, Photos
+from common.config import RunConfig, UserError, apply_overrides, hyperparameters
+from common.data.photos import FileConsumer, Photos, load_photos
 from common.data.sources import locate_photos
-from common.data.split import describe, fingerprint, load_split
+from common.data.split import Split, TestSet, describe, describe_test_set, fingerprint, leave_one_out, load_split
 from common.data.synthetic import is_synthetic
 from common.device import choose_device
 from common.models.checkpoint import Checkpoint
@@ -23,8 +24,17 @@ from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.report.environment import current_commit, describe_environment, peak_memory
 from common.report.pictures import draw_evaluation
-from common.report.result_file import SCHEMA, neighbours_csv, summary, to_json
-from common.retrieval.protocol import Evaluation, evaluate, raw_pixel_embedder
+from common.report.result_file import SCHEMA, SUMMARY, neighbours_csv, per_query, summary, to_json
+from common.retrieval.protocol import (
+    PROTOCOL,
+    Evaluation,
+    Values,
+    evaluate,
+    raw_pixel_embedder,
+    score_baseline,
+    score_chance,
+    with_intervals,
+)
 from common.storage import atomic_write
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -42,6 +52,8 @@ class Run(Generic[ConfigT]):
     raw_pixels: Embedder  # the baseline
     commit: str | None  # of the code as it started
     started: float  # time.perf_counter
+    also: dict[str, TestSet] = field(default_factory=dict)  # further test sets, by the names of their folders
+    baselines: dict[str, dict[str, Values]] = field(default_factory=dict)  # by name, then by test set
 
     @classmethod
     def begin(cls, approach: str, config: ConfigT, synthetic_overrides: Mapping[str, tuple[Any, Any]]) -> "Run":
@@ -69,13 +81,21 @@ class Run(Generic[ConfigT]):
         """Of this approach's checkpoint."""
         return Path(self.config.results) / f"{self.approach}.pt"
 
-    def load_photos(self, *consumers: FileConsumer) -> tuple[Photos, Photos]:
-        """Gallery and queries. Each file is read once, and handed to the consumers and to the baseline."""
+    def load_photos(self, *consumers: FileConsumer) -> Split:
+        """What to train on and to test on. Each file is read once, and handed to the consumers and to the baseline."""
         config = self.config
         everyone = (*consumers, self.raw_pixels)
-        gallery, queries = load_split(self.folder, config.queries, config.split, config.seed, everyone)
+        split = load_split(self.folder, config.queries, config.split, config.seed, everyone, config.labelled)
+        for folder in map(Path, config.also):
+            if folder.name in self.also:
+                raise UserError(f"two folders of --also are called {folder.name}: rename one, as results go by names")
+            self.also[folder.name] = leave_one_out(load_photos(folder, everyone, f"reading {folder.name}"))
         Path(config.results).mkdir(parents=True, exist_ok=True)  # better to fail now than after training
-        return gallery, queries
+        return split
+
+    def measure_baseline(self, name: str, embedder: Embedder, split: Split) -> None:
+        """Scores a network to compare the run's own with, on the same photos; before training changes it."""
+        self.baselines[name] = score_baseline(embedder, split.test, self.also, self.config.seed)
 
     def new_checkpoint(self, photos: Photos, preprocessing: Preprocessing, model: dict[str, str]) -> Checkpoint:
         """Of this run, without state. `photos` are those to train on; `model` holds "backbone" and "weights"."""
@@ -94,67 +114,92 @@ class Run(Generic[ConfigT]):
         batch_size = self.config.embed_batch_size
         return Embedder(network, decoded.preprocessing, self.device, batch_size, self.cache, decoded)
 
-    def evaluate(self, embedder: Embedder, gallery: Photos, queries: Photos) -> Evaluation:
+    def evaluate(self, embedder: Embedder, split: Split) -> Evaluation:
         """By the protocol that all approaches share."""
-        return evaluate(embedder, self.raw_pixels, gallery, queries, self.config.seed)
+        seed, test_sets = self.config.seed, {"": split.test, **self.also}
+        pixels = score_baseline(self.raw_pixels, split.test, self.also, seed, instances=False)
+        chance = {name: score_chance(test, seed) for name, test in test_sets.items()}
+        self.baselines |= {"raw_pixels": pixels, "chance": chance}
+        return evaluate(embedder, split, self.also, seed)
 
     def report(
         self,
         embedder: Embedder,
         model: dict[str, str],
-        gallery: Photos,
-        queries: Photos,
+        split: Split,
         evaluation: Evaluation,
         history: list[dict],
         extra: dict[str, Any] | None = None,
         pictures: dict[str, Image.Image] | None = None,
     ) -> Path:
-        """Writes `<approach>.json`, `.neighbours.csv` and `.png` into `config.results`, all or none; prints a summary.
+        """Writes `<approach>.json`, `.per_query.npz`, `.neighbours.csv` and `.png` into `config.results`, all or none.
 
-        `model` holds "backbone" and "weights"; `extra` what the approach adds to the result file; `pictures` are
-        written as `<approach>.<name>.png`. Returns the path of the result file.
+        Prints a summary, and adds the verification threshold to the checkpoint. `model` holds "backbone" and "weights";
+        `extra` what the approach adds to the result file; `pictures` are written as `<approach>.<name>.png`. Returns
+        the path of the result file.
         """
-        result = self._result(embedder, model, gallery, queries, evaluation, history) | (extra or {})
+        result = self._result(embedder, model, split, evaluation, history) | (extra or {})
         path = self.checkpoint_path.with_suffix(".json")
-        first = evaluation.metrics["precision@1"]["value"]
-        subheading = f"{model['backbone']}, weights {model['weights']}  |  {gallery.name}  |  precision@1 {first:.3f}"
-        picture = draw_evaluation(self.approach, subheading, gallery, queries, evaluation)
-        texts = {".json": to_json(result), ".neighbours.csv": neighbours_csv(gallery, queries, evaluation)}
+        headline = next(
+            f"{name} {result['metrics'][name]['value']:.3f}" for name in SUMMARY if name in result["metrics"]
+        )
+        subheading = f"{model['backbone']}, weights {model['weights']}  |  {result['dataset']['name']}  |  {headline}"
+        picture = draw_evaluation(self.approach, subheading, split.test, evaluation)
+        texts = {".json": to_json(result), ".neighbours.csv": neighbours_csv(split.test, evaluation)}
         images = {".png": picture, **{f".{name}.png": image for name, image in (pictures or {}).items()}}
+        self._add_verification(evaluation)
         with ExitStack() as stack:  # renamed together at the end, the result file last
-            suffixes = (*texts, *images)
+            suffixes = (*texts, ".per_query.npz", *images)
             files = {suffix: stack.enter_context(atomic_write(path.with_suffix(suffix))) for suffix in suffixes}
             for suffix, text in texts.items():
                 files[suffix].write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
             for suffix, image in images.items():
                 image.save(files[suffix], "PNG")
+            with files[".per_query.npz"].open("wb") as stream:
+                np.savez_compressed(stream, **per_query(evaluation, {"": split.test, **self.also}))  # type: ignore[arg-type]
         print(summary(result))
-        print(f"\nwritten: {path} and, beside it, .neighbours.csv and .png")
+        print(f"\nwritten: {path} and, beside it, .neighbours.csv, .per_query.npz and .png")
         return path
+
+    def _add_verification(self, evaluation: Evaluation) -> None:
+        if self.checkpoint_path.exists():
+            checkpoint = Checkpoint.load(self.checkpoint_path)
+            checkpoint.verification = evaluation.verification
+            checkpoint.save(self.checkpoint_path)
 
     def _result(
         self,
         embedder: Embedder,
         model: dict[str, str],
-        gallery: Photos,
-        queries: Photos,
+        split: Split,
         evaluation: Evaluation,
         history: list[dict],
     ) -> dict[str, Any]:
         """What every result file holds."""
+        scores = {name: with_intervals(values) for name, values in evaluation.values.items()}
+        baselines = {
+            name: {baseline: with_intervals(values[name]) for baseline, values in self.baselines.items()}
+            for name in scores
+        }
         return {
             "schema": SCHEMA,
+            "protocol": PROTOCOL,
             "approach": self.approach,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "config": hyperparameters(self.config),
-            "dataset": {**describe(gallery, queries), "synthetic": self.is_synthetic},
+            "dataset": {**describe(split), "synthetic": self.is_synthetic},
             "model": {
                 **model,
                 "parameters": sum(parameter.numel() for parameter in embedder.network.parameters()),
                 "embedding_dim": embedder.dim,
             },
-            "metrics": evaluation.metrics,
-            "baselines": evaluation.baselines,
+            "metrics": scores[""],
+            "baselines": baselines[""],
+            "also": {
+                name: {**describe_test_set(test), "metrics": scores[name], "baselines": baselines[name]}
+                for name, test in self.also.items()
+            },
+            "verification": evaluation.verification,
             "timing": {
                 "train_seconds": sum(epoch["seconds"] for epoch in history),
                 **evaluation.timing,

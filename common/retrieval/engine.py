@@ -1,5 +1,6 @@
 """Search by the network of a checkpoint: a photo in, its neighbours in a gallery out."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from PIL import Image
 
 from common.config import UserError
 from common.data.folders import find_photos
-from common.data.photos import Photos, hash_content, load_library
-from common.data.split import split_photos
+from common.data.photos import NO_CLASS, Photos, hash_content, load_library
+from common.data.split import split_by_class, split_photos
 from common.data.web import fetch_photo
 from common.device import choose_device
 from common.models.checkpoint import Checkpoint
@@ -152,13 +153,19 @@ def load_engine(
 
 def _run_gallery(photos: Photos, checkpoint: Checkpoint) -> Photos:
     """Of all photos in a run's folder those that it searched: of a class, and not held out as queries."""
-    classified = np.array(photos.classes)[photos.labels] != ""
-    gallery = photos.subset(np.flatnonzero(classified))
+    config = checkpoint.config
+    if not config["labelled"]:
+        photos = dataclasses.replace(photos, labels=np.zeros_like(photos.labels), classes=[NO_CLASS])
+    elif NO_CLASS in photos.classes:  # "", the first of all names
+        photos = photos.subset(np.flatnonzero(photos.labels > 0))
+        photos = dataclasses.replace(photos, labels=photos.labels - 1, classes=photos.classes[1:])
+    if config["split"] == "unseen":
+        return split_by_class(photos, config["seed"]).test.gallery
     if not checkpoint.queries:
-        gallery, _ = split_photos(gallery, checkpoint.config["seed"], "test")
-    if checkpoint.config["split"] == "validation":
-        gallery, _ = split_photos(gallery, checkpoint.config["seed"], "validation")
-    return gallery
+        photos, _ = split_photos(photos, config["seed"], "test")
+    if config["split"] == "validation":
+        photos, _ = split_photos(photos, config["seed"], "validation")
+    return photos
 
 
 def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserError]]:

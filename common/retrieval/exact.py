@@ -75,18 +75,29 @@ class CosineKNN:
             self._add_block(start, queries, similarities, indices, exclude)
         return similarities, indices
 
-    def rank(self, queries: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """The whole gallery in order of similarity, a chunk of queries at a time: (their slice, int64 [q, N]).
+    def rank(
+        self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """The first k of the gallery in order of similarity, a chunk of queries at a time: (their slice, int64 [q, k]).
 
-        For metrics over the full ranking. Similarities are compared in float32, so two photos closer than about 1e-7
-        may be ordered differently than by `search`.
+        For a k in the thousands, as metrics over the full ranking need: the result of `search` would not fit in memory.
+        Similarities are compared in float32, so two photos closer than about 1e-7 may be ordered differently than by
+        `search`. Arguments as there.
         """
         queries = self._checked(queries)
         rows = max(1, RANK_BLOCK // len(self.gallery))
         chunks = [slice(start, min(start + rows, len(queries))) for start in range(0, len(queries), rows)]
         gallery = torch.from_numpy(self.gallery)
-        scores = (_product(torch.from_numpy(queries[chunk]), gallery).numpy() for chunk in chunks)
-        yield from zip(chunks, parallel_map(_argsort_descending, scores, prefetch=2), strict=True)
+
+        def scores(chunk: slice) -> np.ndarray:
+            product = _product(torch.from_numpy(queries[chunk]), gallery).numpy()
+            if exclude is not None:
+                row = np.flatnonzero(exclude[chunk] >= 0)
+                product[row, exclude[chunk][row]] = -np.inf
+            return product
+
+        ranked = parallel_map(functools.partial(_argsort_descending, k=k), map(scores, chunks), prefetch=2)
+        yield from zip(chunks, ranked, strict=True)
 
     @cached_property
     def _block_errors(self) -> list[float]:
@@ -190,8 +201,9 @@ def _product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     return torch.cat([parts.view(1, 64 * height), queries @ gallery[64 * height :].T], dim=1)
 
 
-def _argsort_descending(scores: np.ndarray) -> np.ndarray:
-    """The columns of float32 [Q, N] in order of score, highest first, ties by lower column: int64 [Q, N].
+def _argsort_descending(scores: np.ndarray, k: int | None = None) -> np.ndarray:
+    """The columns of float32 [Q, N] in order of score, highest first, ties by lower column: int64 [Q, N], or the first
+    k of them, [Q, k].
 
     Each score and its column become one integer that sorts like (score descending, column ascending): a float32 orders
     like its bits if those of the negatives are flipped. Sorting integers is several times faster than an argsort.
@@ -199,6 +211,9 @@ def _argsort_descending(scores: np.ndarray) -> np.ndarray:
     bits = (scores + np.float32(0)).view(np.int32)  # + 0: no -0.0, whose bits sort apart
     order = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
     keys = (-order.astype(np.int64) << 32) | np.arange(scores.shape[1])
+    if k is not None and k < keys.shape[1]:
+        keys.partition(k - 1, axis=1)
+        keys = keys[:, :k]
     keys.sort(axis=1)
     return keys & 0xFFFFFFFF
 

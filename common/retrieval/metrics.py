@@ -8,6 +8,7 @@ is their mean.
 import numpy as np
 
 BOOTSTRAP_SAMPLES = 1000
+BOOTSTRAP_BLOCK = 10_000_000  # weights drawn at a time: samples x queries
 
 
 def precision_at_k(relevance: np.ndarray, k: int) -> np.ndarray:
@@ -55,8 +56,9 @@ def reciprocal_rank(relevance: np.ndarray) -> np.ndarray:
 def majority_vote(neighbour_labels: np.ndarray, k: int) -> np.ndarray:
     """The most frequent label, int [Q], among the first k of int [Q, K]; in a tie, that of the nearest neighbour."""
     first = _first(neighbour_labels, k)
-    counts = np.stack([(first == label).sum(axis=1) for label in range(first.max() + 1)], axis=1)
-    votes = np.take_along_axis(counts, first, axis=1)  # [Q, k], how often each neighbour's label occurs
+    votes = np.zeros(first.shape, np.int32)  # [Q, k], how often each neighbour's label occurs
+    for column in first.T:
+        votes += first == column[:, None]
     winner = votes.argmax(axis=1)  # argmax gives the first of equals: the nearest
     return np.take_along_axis(first, winner[:, None], axis=1)[:, 0]
 
@@ -67,16 +69,24 @@ def with_intervals(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, di
     All metrics use the same resamples, so those of one call may be compared with each other.
     """
     table = np.stack(list(values.values()))  # [M, Q]
-    count = table.shape[1]
-    weights = np.random.default_rng(seed).multinomial(
-        count, np.full(count, 1 / count), BOOTSTRAP_SAMPLES
-    )  # [BOOTSTRAP_SAMPLES, Q]
-    low, high = np.percentile(table @ weights.T / count, [2.5, 97.5], axis=1)
+    low, high = np.percentile(bootstrap_means(table, seed), [2.5, 97.5], axis=1)
     means = table.mean(axis=1)
     return {
         name: {"value": float(mean), "low": float(lower), "high": float(upper)}
         for name, mean, lower, upper in zip(values, means, low, high, strict=True)
     }
+
+
+def bootstrap_means(table: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The means of float [M, Q] over resamples of the Q queries, the same for each row: [M, BOOTSTRAP_SAMPLES]."""
+    count = table.shape[1]
+    rng, block = np.random.default_rng(seed), max(1, BOOTSTRAP_BLOCK // count)
+    means = []
+    for start in range(0, BOOTSTRAP_SAMPLES, block):
+        size = min(block, BOOTSTRAP_SAMPLES - start)
+        weights = rng.multinomial(count, np.full(count, 1 / count), size)  # [size, Q]
+        means.append(table @ weights.T / count)
+    return np.concatenate(means, axis=1)
 
 
 def _first(array: np.ndarray, k: int) -> np.ndarray:

@@ -13,22 +13,26 @@ MAX_QUERIES = 2000
 def verify(embedder: Embedder, validation: Photos, queries: Photos) -> dict[str, float]:
     """ROC AUC over all pairs of queries by Euclidean distance, and accuracy at a threshold.
 
-    The threshold is the distance that classifies most pairs of `validation`, photos not trained on, correctly. Of more
-    than `MAX_QUERIES` queries, so many take part. Empty where either side has pairs of one kind only.
+    The threshold is the distance that classifies most pairs of `validation`, photos not trained on, correctly;
+    `same_precision` and `different_precision` say how often an answer at the threshold was right on those pairs. Of
+    more than `MAX_QUERIES` queries, so many take part. Empty where either side has pairs of one kind only.
     """
     queries = queries.subset(np.linspace(0, len(queries) - 1, min(MAX_QUERIES, len(queries))).astype(int))
     for labels in (validation.labels, queries.labels):
-        if np.bincount(labels).max() < 2 or len(np.unique(labels)) < 2:
+        if np.bincount(labels, minlength=1).max() < 2 or len(np.unique(labels)) < 2:
             return {}
     distances, positive = _pairs(embedder, validation)
     false_rate, true_rate, thresholds = (each[1:] for each in roc_curve(positive, -distances))  # the first is infinite
     num_correct = true_rate * positive.sum() + (1 - false_rate) * (~positive).sum()
     threshold = -thresholds[np.argmax(num_correct)]
+    same = distances <= threshold
+    precision = {"same_precision": positive[same].mean(), "different_precision": (~positive[~same]).mean()}
     distances, positive = _pairs(embedder, queries)
     return {
         "roc_auc": float(roc_auc_score(positive, -distances)),
         "accuracy": float(((distances <= threshold) == positive).mean()),
         "threshold": float(threshold),
+        **{name: float(value) for name, value in precision.items()},
         "pairs": len(positive),
         "positive_fraction": float(positive.mean()),
     }
