@@ -20,7 +20,7 @@ from PIL import Image
 from common.config import Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError, decode_photo
 from common.extras import require
-from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult, load_engine, trained_approaches
+from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult, available_approaches, load_engine
 from common.retrieval.metrics import majority_vote
 from common.storage import atomic_write
 
@@ -52,17 +52,20 @@ class Config:
     results: str = "results"  # the folder with the checkpoints of the approaches
     cache: str = "data/.cache"  # a folder that keeps embeddings for the next start, or "none"
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
+    backbone: str = "resnet18"  # the pre-trained network that searches index where nothing has been trained
+    weights: str = "DEFAULT"  # its weights: torchvision's name, or the path of a state dict
     port: Annotated[int, Range(1, 65_535)] = 7860  # the page is at http://127.0.0.1:port
     max_megabytes: Annotated[int, Range(1, 10_000)] = 50  # of a photo's file
     open_browser: bool = True  # once the page is ready
 
 
 def load_engines(config: Config) -> dict[str, SearchEngine]:
-    """An engine for each approach that has a checkpoint; raises `UserError` if none has."""
+    """An engine for each approach that has a checkpoint, or for the pre-trained network if none has."""
     results, cache = Path(config.results), None if config.cache == "none" else Path(config.cache)
+    pretrained = config.backbone, config.weights
     return {
-        name: load_engine(name, import_module, results, config.index, cache, config.device)
-        for name in trained_approaches(results)
+        name: load_engine(name, import_module, results, config.index, cache, config.device, pretrained)
+        for name in available_approaches(results, needs_gallery=not config.index)
     }
 
 

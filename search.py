@@ -2,19 +2,37 @@
 
 Embeds photos with the network that an approach has trained, finds the nearest photos of its gallery, prints and draws
 them. Queries may be files, folders and http(s) addresses; `--index FOLDER` searches a folder of your own: its photos
-are embedded once, and later only those that are new or have changed.
+are embedded once, and later only those that are new or have changed. Where nothing has been trained, a pre-trained
+network searches it as it is.
+
+    python search.py my_photo.jpg --index ~/Pictures
+    python search.py a.jpg b.jpg c.jpg --pairs     # how far are these from each other?
 """
 
+import csv
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+
 from common.config import Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
+from common.models.embedder import Embedder
 from common.report.pictures import Tile, draw_rows, search_row
-from common.retrieval.engine import SearchEngine, SearchResult, load_engine, read_queries, trained_approaches
+from common.retrieval.engine import (
+    PRETRAINED,
+    SearchEngine,
+    SearchResult,
+    available_approaches,
+    load_embedder,
+    load_engine,
+    load_pretrained,
+    read_queries,
+)
 from common.storage import atomic_write
 
 MAX_ROWS = 12  # queries in the picture
@@ -25,12 +43,16 @@ class Config:
     """What to search for, and where. Name photos, folders or addresses: python search.py a.jpg holiday/"""
 
     photos: tuple[str, ...] = ()  # query photos: files, folders of photos, http(s) addresses
-    approach: str = "auto"  # whose network compares them, such as siamese; "auto": the first that has been trained
+    approach: str = "auto"  # whose network compares them; "auto": siamese, if it has been trained, or else another one
     k: Annotated[int, Range(1, 1e9)] = 5  # neighbours of each photo
     index: str = ""  # a folder of your own photos to search; empty: the gallery that the approach was trained on
     results: str = "results"  # the folder with the approach's checkpoint; the picture goes there
     cache: str = "data/.cache"  # a folder that keeps embeddings for the next search, or "none"
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
+    pairs: bool = False  # print the distances between the named photos instead of searching
+    csv: bool = False  # print them as CSV
+    backbone: str = "resnet18"  # the network of --approach pretrained, which searches index without any training
+    weights: str = "DEFAULT"  # its weights: torchvision's name, or the path of a state dict
 
 
 def print_results(engine: SearchEngine, name: str, result: SearchResult) -> None:
@@ -42,14 +64,79 @@ def print_results(engine: SearchEngine, name: str, result: SearchResult) -> None
         print(f"{rank:4}  {similarity:.3f}  {engine.gallery.class_name(index)}  {engine.gallery.path(index)}")
 
 
+def embed_queries(embedder: Embedder, names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    """Names and embeddings, float32 [N, D], of the photos that `names` mean; raises `UserError` if one is unusable."""
+    found, embeddings, failed = [], [], []
+    for name, data in read_queries(names):
+        try:
+            if isinstance(data, UserError):
+                raise data
+            embeddings.append(embedder.embed_images([embedder.preprocessing.decode(data)]))
+            found.append(name)
+        except (UserError, UnreadablePhotoError) as error:
+            failed.append(f"{name} ({error})")
+    if failed:
+        raise UserError(f"these photos can't be used: {', '.join(failed)}")
+    if len(found) < 2:
+        raise UserError("name at least two photos to compare: python search.py a.jpg b.jpg --pairs")
+    return found, np.concatenate(embeddings)
+
+
+def print_pairs(names: list[str], distances: np.ndarray, verification: dict[str, float], as_csv: bool) -> None:
+    """Prints Euclidean distances, float [N, N], and whether each pair is of one class where a threshold is known."""
+    if as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("", *names))
+        writer.writerows(
+            (name, *(f"{distance:.6f}" for distance in row)) for name, row in zip(names, distances, strict=True)
+        )
+        return
+    width = max(len(name) for name in names)
+    print(
+        f"distances between unit vectors, from 0 (the same) to 2\n\n{'':{width}}",
+        *(f"{i + 1:6}" for i in range(len(names))),
+    )
+    for number, (name, row) in enumerate(zip(names, distances, strict=True), 1):
+        print(f"{name:{width}}", *(f"{distance:6.3f}" for distance in row), f"  {number}")
+    print()
+    for first, second in combinations(range(len(names)), 2) if verification else ():
+        same = distances[first, second] <= verification["threshold"]
+        precision = verification.get("same_precision" if same else "different_precision", 0.0)
+        answer = "the same class" if same else "different classes"
+        print(f"{names[first]} and {names[second]}: {answer} (right for {precision:.1%} of such validation pairs)")
+
+
+def compare_pairs(config: Config, approach: str, cache: Path | None) -> None:
+    """Prints the distances between the photos that are named; raises `UserError`."""
+    verification: dict[str, float] = {}
+    if approach == PRETRAINED:
+        embedder = load_pretrained(config.backbone, config.weights, cache, config.device)
+    else:
+        embedder, checkpoint = load_embedder(approach, import_module, Path(config.results), cache, config.device)
+        verification = checkpoint.verification
+    names, embeddings = embed_queries(embedder, config.photos)
+    similarities = embeddings.astype(np.float64) @ embeddings.T
+    distances = np.sqrt(np.maximum(0, 2 - 2 * similarities))
+    np.fill_diagonal(distances, 0)
+    print_pairs(names, distances, verification, config.csv)
+
+
 def main(config: Config) -> None:
-    """Prints the neighbours of each photo and draws them into `search.png`; raises `UserError` if one can't be read."""
+    """Prints the neighbours of each photo and draws them into `search.png`, or with `pairs` prints distances.
+
+    Raises `UserError` if a photo can't be read.
+    """
     if not config.photos:
         raise UserError("name a photo to search with: python search.py my_photo.jpg")
     cache = None if config.cache == "none" else Path(config.cache)
     results = Path(config.results)
-    approach = trained_approaches(results)[0] if config.approach == "auto" else config.approach
-    engine = load_engine(approach, import_module, results, config.index, cache, config.device)
+    needs_gallery = not (config.index or config.pairs)
+    approach = config.approach if config.approach != "auto" else available_approaches(results, needs_gallery)[0]
+    if config.pairs:
+        compare_pairs(config, approach, cache)
+        return
+    pretrained = config.backbone, config.weights
+    engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained)
     rows: list[list[Tile]] = []
     num_failed = 0
     for name, data in read_queries(config.photos):

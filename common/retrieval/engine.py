@@ -14,15 +14,19 @@ from PIL import Image
 from common.config import UserError
 from common.data.folders import find_photos
 from common.data.photos import NO_CLASS, Photos, hash_content, load_library
+from common.data.sources import require_folder
 from common.data.split import split_by_class, split_photos
 from common.data.web import fetch_photo
 from common.device import choose_device
+from common.models.backbones import load_backbone
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval.exact import CosineKNN
 
-PREFERRED = ("siamese", "autoencoder", "cnn_feature_extraction")  # the order in which trained approaches are listed
+PREFERRED = ("siamese", "triplet", "autoencoder", "cnn_feature_extraction")  # the order in which approaches are listed
+PRETRAINED = "pretrained"  # the approach that takes a pre-trained network as it is
+PRETRAINED_POOLING = 3.0  # exponent of GeM, as in the scripts
 
 
 class Region(NamedTuple):
@@ -94,12 +98,25 @@ class SearchEngine:
         return image
 
 
-def trained_approaches(results: Path) -> list[str]:
-    """Those that have left a checkpoint in `results`, `PREFERRED` first; raises `UserError` if none has."""
+def available_approaches(results: Path, needs_gallery: bool = True) -> list[str]:
+    """Those that have left a checkpoint in `results`, `PREFERRED` first; without any, `PRETRAINED`.
+
+    `needs_gallery`: the photos that an approach was trained on are to be searched, which `PRETRAINED` hasn't. Raises
+    `UserError` if there is none.
+    """
     names = {path.stem for path in results.glob("*.pt") if path.stem.isidentifier()}
-    if not names:
-        raise UserError(f"there is no checkpoint in {results}: train an approach first, with python siamese.py")
-    return [name for name in PREFERRED if name in names] + sorted(names - set(PREFERRED))
+    if not names and needs_gallery:
+        raise UserError(
+            f"there is no checkpoint in {results}: name a folder to search with --index, or train an approach first, "
+            "with python siamese.py"
+        )
+    return [name for name in PREFERRED if name in names] + sorted(names - set(PREFERRED)) or [PRETRAINED]
+
+
+def load_pretrained(backbone: str, weights: str, cache: Path | None, device: str) -> Embedder:
+    """A pre-trained network as it is, for whole photos; arguments are those of `load_backbone`."""
+    loaded = load_backbone(backbone, weights, pooling=PRETRAINED_POOLING, whole_photo=True)
+    return Embedder(loaded.network, loaded.preprocessing, choose_device(device), cache=cache)
 
 
 def load_embedder(
@@ -112,7 +129,7 @@ def load_embedder(
     """
     path = results / f"{approach}.pt"
     if not path.exists():
-        alternatives = " or ".join(trained_approaches(results))
+        alternatives = " or ".join(available_approaches(results, needs_gallery=False))
         raise UserError(f"there is no {path}: run python {approach}.py first, or choose --approach {alternatives}")
     checkpoint = Checkpoint.load(path)
     if checkpoint.approach != approach:
@@ -136,17 +153,26 @@ def load_engine(
     index: str,
     cache: Path | None,
     device: str,
+    pretrained: tuple[str, str] = ("resnet18", "DEFAULT"),
 ) -> SearchEngine:
     """The approach's network with the gallery it was trained on, or with the photos in the folder `index`.
 
-    Photos that the cache doesn't know are embedded, with a progress bar. See `load_embedder`. Raises `UserError`.
+    Photos that the cache doesn't know are embedded, with a progress bar. `pretrained`: backbone and weights of the
+    approach `PRETRAINED`. See `load_embedder`. Raises `UserError`.
     """
-    embedder, checkpoint = load_embedder(approach, import_script, results, cache, device)
-    folder = Path(index or checkpoint.folder)
+    checkpoint = None
+    if approach == PRETRAINED:
+        if not index:
+            raise UserError("a pre-trained network has no gallery of its own: name a folder to search with --index")
+        require_folder(Path(index))
+        embedder = load_pretrained(*pretrained, cache, device)
+    else:
+        embedder, checkpoint = load_embedder(approach, import_script, results, cache, device)
+    folder = Path(index or checkpoint.folder if checkpoint else index)
     if not index and not folder.is_dir():
         raise UserError(f"the gallery of {approach}.py, {folder}, is gone: name a folder to search with --index")
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
-    if not index:
+    if checkpoint and not index:
         gallery = _run_gallery(gallery, checkpoint)
     return SearchEngine(approach, embedder, gallery, CosineKNN(embedder.embed_photos(gallery)))
 

@@ -26,13 +26,13 @@ def verify(embedder: Embedder, validation: Photos, queries: Photos) -> dict[str,
     num_correct = true_rate * positive.sum() + (1 - false_rate) * (~positive).sum()
     threshold = -thresholds[np.argmax(num_correct)]
     same = distances <= threshold
-    precision = {"same_precision": positive[same].mean(), "different_precision": (~positive[~same]).mean()}
+    answers = {"same_precision": positive[same], "different_precision": ~positive[~same]}
     distances, positive = _pairs(embedder, queries)
     return {
         "roc_auc": float(roc_auc_score(positive, -distances)),
         "accuracy": float(((distances <= threshold) == positive).mean()),
         "threshold": float(threshold),
-        **{name: float(value) for name, value in precision.items()},
+        **{name: float(right.mean()) for name, right in answers.items() if len(right)},
         "pairs": len(positive),
         "positive_fraction": float(positive.mean()),
     }
