@@ -92,10 +92,8 @@ def print_pairs(names: list[str], distances: np.ndarray, verification: dict[str,
         )
         return
     width = max(len(name) for name in names)
-    print(
-        f"distances between unit vectors, from 0 (the same) to 2\n\n{'':{width}}",
-        *(f"{i + 1:6}" for i in range(len(names))),
-    )
+    print("Euclidean distances between the embeddings, from 0 (the same) to 2\n")
+    print(" " * width, *(f"{number:6}" for number in range(1, len(names) + 1)))
     for number, (name, row) in enumerate(zip(names, distances, strict=True), 1):
         print(f"{name:{width}}", *(f"{distance:6.3f}" for distance in row), f"  {number}")
     print()

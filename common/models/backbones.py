@@ -8,6 +8,7 @@ from torch import nn
 from common.config import UserError
 from common.models.layers import GeM
 from common.models.preprocessing import Preprocessing
+from common.models.timm_backbones import PREFIX, load_timm, load_timm_preprocessing
 from common.models.weights import UNTRAINED, first_line, load_weights, weights_enum
 
 # These pool inside forward(), not in a child module.
@@ -34,7 +35,7 @@ def load_backbone(
     """A classification network of torchvision without its classifier: its last feature maps, pooled.
 
     Args:
-        name: as torchvision calls it, such as "resnet18".
+        name: as torchvision calls it, such as "resnet18"; "timm/NAME" is one of timm's, which has its own pooling.
         weights: a name of torchvision ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none".
         image_size: pixels; 0 is what the weights were trained with.
         pooling: the exponent of `GeM` over the last feature maps, 1 to 6.
@@ -45,6 +46,10 @@ def load_backbone(
     Raises:
         UserError: no such network or weights, a file that doesn't fit, or photos too small for the network.
     """
+    if name.startswith(PREFIX):
+        network, preprocessing, loaded = load_timm(name, weights, image_size, whole_photo, untrained_if_missing)
+        feature_dim = output_dim(network, preprocessing.crop, f"{name} can't take photos", "image_size")
+        return Backbone(network, preprocessing, loaded, feature_dim)
     preprocessing = load_preprocessing(name, weights, image_size, whole_photo)
     if not 1 <= pooling <= 6:  # beyond, the powers exceed the range of float32
         raise UserError(f"pooling is {pooling}: give an exponent from 1 (the average) to 6")
@@ -67,6 +72,8 @@ def rebuild_backbone(config: dict, weights: str) -> Backbone:
 
 def load_preprocessing(name: str, weights: str, image_size: int, whole_photo: bool) -> Preprocessing:
     """What the network `name` sees of a photo; the arguments are those of `load_backbone`."""
+    if name.startswith(PREFIX):
+        return load_timm_preprocessing(name, image_size, whole_photo)
     choices = weights_enum(name)
     preset = (choices[weights] if weights in choices.__members__ else choices["DEFAULT"]).transforms()
     crop = image_size or preset.crop_size[0]
