@@ -35,7 +35,7 @@ from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
 from common.models.layers import ForceFloat32, ResidualBlock, conv3x3
 from common.models.preprocessing import Preprocessing
-from common.models.training import Batch, Losses, train
+from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
 from common.report.run import Run
 
@@ -180,8 +180,7 @@ def train_autoencoder(
     network = Autoencoder(config.image_size, config.width, features.shape[1] or config.embedding_dim)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = partial(training_step, config=config, preprocessing=decoded.preprocessing, features=features)
-    checkpoint = run.new_checkpoint(photos, decoded.preprocessing, model)
-    return network, train(network, step, photos, decoded, config, checkpoint, run.checkpoint_path)
+    return network, run.train(network, step, photos, decoded, model)
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:

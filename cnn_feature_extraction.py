@@ -26,17 +26,15 @@ from torch import nn
 from torch.nn import functional
 
 from common.config import Range, RunConfig, UserError, run_script
-from common.data.photos import Photos
 from common.models.augment import random_views
-from common.models.backbones import Backbone, load_backbone, output_dim, rebuild_backbone
+from common.models.backbones import Backbone, load_backbone, rebuild_backbone, require_view_size
 from common.models.checkpoint import Checkpoint, strip_prefix
 from common.models.decoded import DecodedPhotos
 from common.models.layers import ForceFloat32
-from common.models.losses import info_nce
+from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
-from common.models.training import Batch, Losses, train
-from common.models.weights import UNTRAINED
-from common.report.run import Run
+from common.models.training import Batch, Losses
+from common.report.run import Run, Task
 
 SYNTHETIC_OVERRIDES = {"image_size": (0, 96), "view_size": (160, 64)}  # (default, quick run)
 
@@ -56,6 +54,10 @@ class Config(RunConfig):
     scale: Annotated[float, Range(0.1, 1000)] = 16.0  # of the cosines, an inverse temperature: larger is sharper
     view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
+
+    # Distillation: photos that are near each other for the pre-trained network are to stay so
+    distillation_weight: Annotated[float, Range(0, 1e6)] = 1.0  # 0: none
+    distillation_temperature: Annotated[float, Range(0.001, 10)] = 0.1  # a lower one looks at nearer neighbours alone
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
@@ -96,27 +98,17 @@ class FineTunedCNN(nn.Module):
         return self.classifier(self.backbone(images))
 
 
-def training_step(network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, size: int) -> Losses:
+def training_step(
+    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, size: int, task: Task
+) -> Losses:
     """The losses of a batch, from views of `size` x `size` pixels."""
     num_views = 2 if config.view_weight else 1
     views = torch.cat([random_views(batch.images, config.min_crop_area, size) for _ in range(num_views)])
     embeddings, logits = network(preprocessing.normalize(views))  # VBxC, VBxK
-    losses = {"cross_entropy": functional.cross_entropy(logits, batch.labels.repeat(num_views))}
-    if config.view_weight:
-        first, second = embeddings.chunk(2)
-        losses["view_pairs"] = config.view_weight * info_nce(first, second, config.temperature)
+    targets = None if task.targets is None else task.targets[batch.indices]
+    losses = unsupervised_losses(embeddings, targets, config)
+    losses["cross_entropy"] = functional.cross_entropy(logits, batch.labels.repeat(num_views))
     return losses
-
-
-def fine_tune(run: Run[Config], backbone: Backbone, photos: Photos, decoded: DecodedPhotos, model: dict) -> list:
-    """Fine-tunes `backbone` in place to tell the classes of `photos` apart; returns the history."""
-    config, preprocessing = run.config, decoded.preprocessing
-    size = min(config.view_size or preprocessing.crop, preprocessing.crop)
-    output_dim(backbone.network.eval(), size, "the network can't take views", "view_size")
-    network = FineTunedCNN(backbone, len(photos.classes), config.scale).to(run.device)
-    step = partial(training_step, config=config, preprocessing=preprocessing, size=size)
-    checkpoint = run.new_checkpoint(photos, preprocessing, model)
-    return train(network, step, photos, decoded, config, checkpoint, run.checkpoint_path)
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
@@ -133,20 +125,21 @@ def main(config: Config) -> Path:
     shape = config.image_size, config.pooling, config.whole_photo
     backbone = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing=run.is_synthetic)
     decoded = DecodedPhotos(backbone.preprocessing, run.cache if config.epochs else None)
-    embedder = run.embedder(backbone.network, decoded)
-    split = run.load_photos(decoded if config.epochs else embedder)  # filled as the files are read
+    frozen = run.embedder(backbone.network, decoded)
+    split = run.load_photos(decoded if config.epochs else frozen)  # filled as the files are read
     if config.epochs and len(split.train.classes) < 2:
         raise UserError(
             f"{run.folder} has one class only, but fine-tuning learns to tell classes apart: use the features as they "
             "are with --epochs 0, or train on views alone with python siamese.py"
         )
-    if backbone.weights != UNTRAINED:
-        run.measure_baseline("pretrained", embedder, split)
+    task = run.prepare_training(frozen, backbone.weights, split, views_alone=True)
 
+    network = FineTunedCNN(backbone, len(split.train.classes), config.scale).to(run.device)
+    size = require_view_size(backbone.network, config.view_size, backbone.preprocessing)
+    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, size=size, task=task)
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    history = fine_tune(run, backbone, split.train, decoded, model)
-    if history:  # another network now, with other cached embeddings
-        embedder = run.embedder(backbone.network, decoded)
+    history = run.train(network, step, split.train, decoded, model)
+    embedder = run.embedder(backbone.network, decoded) if history else frozen  # training has changed the network
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 
 

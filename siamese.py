@@ -19,24 +19,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from common.config import Range, RunConfig, UserError, run_script
-from common.data.photos import Photos
-from common.data.split import group_by_class
 from common.models.augment import random_views
-from common.models.backbones import Backbone, load_backbone, output_dim, rebuild_backbone
+from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.layers import ForceFloat32
-from common.models.losses import info_nce
+from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
-from common.models.training import Batch, Losses, train
-from common.models.weights import UNTRAINED
-from common.report.run import Run
+from common.models.projection import ProjectedNetwork
+from common.models.samplers import PKSampler
+from common.models.training import Batch, Losses
+from common.report.run import Run, Task
 
 CENTER_PHOTOS = 256  # photos used to center the projection
 SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (7, 5)}  # (default, quick run)
@@ -61,6 +58,10 @@ class Config(RunConfig):
     view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
 
+    # Distillation: photos that are near each other for the pre-trained network are to stay so
+    distillation_weight: Annotated[float, Range(0, 1e6)] = 1.0  # 0: none
+    distillation_temperature: Annotated[float, Range(0.001, 10)] = 0.1  # a lower one looks at nearer neighbours alone
+
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
@@ -74,33 +75,6 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         if self.positive_margin > self.negative_margin:
             raise UserError(f"positive_margin {self.positive_margin} is above negative_margin: lower it")
-
-
-class SiameseNetwork(nn.Module):
-    """The branch that both photos of a pair pass through: a backbone and a linear projection."""
-
-    def __init__(self, backbone: Backbone, embedding_dim: int) -> None:
-        super().__init__()
-        self.backbone = backbone.network
-        self.projection = ForceFloat32(nn.Linear(backbone.feature_dim, embedding_dim))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Bx3xSxS -> BxD"""
-        features = self.backbone(images)  # BxC
-        return self.projection(features)  # BxD
-
-    @torch.no_grad()
-    def center_projection(self, images: np.ndarray, preprocessing: Preprocessing) -> None:
-        """Makes the projection orthogonal, about the mean feature of some photos, uint8 NxSxSx3.
-
-        The features are positive, so the angles between them are small; about their mean they use the whole sphere.
-        """
-        batches = torch.from_numpy(images).split(8)
-        mean = torch.cat([self.backbone(preprocessing.normalize(batch)) for batch in batches]).mean(0)  # C
-        (linear,) = self.projection
-        assert isinstance(linear, nn.Linear)
-        nn.init.orthogonal_(linear.weight)
-        linear.bias.copy_(-linear.weight @ mean)
 
 
 def contrastive_loss(
@@ -124,55 +98,25 @@ def contrastive_loss(
     return (pull + push) / 2
 
 
-class ClassPairSampler:
-    """Photos of a class in pairs, so that nearly each has a positive in its batch however many classes there are.
-
-    The odd photo out in a class of odd size is paired with one of another class. All pairs are shuffled together,
-    so that such photos don't gather in the last batches; a pair stays in one batch if the batch size is even.
-    """
-
-    def __init__(self, labels: np.ndarray) -> None:
-        self.labels = labels
-
-    def epoch(self, rng: np.random.Generator) -> np.ndarray:
-        """The order of an epoch, int64 N."""
-        shuffled = rng.permutation(len(self.labels))
-        by_class = [shuffled[places] for places in group_by_class(self.labels[shuffled])]
-        paired = np.concatenate([photos[: len(photos) // 2 * 2] for photos in by_class])
-        left_over = np.concatenate([photos[len(photos) // 2 * 2 :] for photos in by_class])
-        pairs, last = np.split(np.concatenate([paired, left_over]), [len(self.labels) // 2 * 2])
-        return np.concatenate([rng.permutation(pairs.reshape(-1, 2)).ravel(), last])
-
-
-def training_step(network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, size: int) -> Losses:
+def training_step(
+    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, size: int, task: Task
+) -> Losses:
     """The losses of a batch, from views of `size` x `size` pixels."""
     num_views = 2 if config.view_weight else 1
     views = torch.cat([random_views(batch.images, config.min_crop_area, size) for _ in range(num_views)])
     embeddings = functional.normalize(network(preprocessing.normalize(views)))  # VBxD
-    margins = config.positive_margin, config.negative_margin
-    losses = {"class_pairs": contrastive_loss(embeddings, batch.labels.repeat(num_views), *margins, config.reduction)}
-    if config.view_weight:
-        first, second = embeddings.chunk(2)
-        losses["view_pairs"] = config.view_weight * info_nce(first, second, config.temperature)
+    targets = None if task.targets is None else task.targets[batch.indices]
+    losses = unsupervised_losses(embeddings, targets, config)
+    if task.has_classes:
+        margins = config.positive_margin, config.negative_margin
+        labels = batch.labels.repeat(num_views)
+        losses["class_pairs"] = contrastive_loss(embeddings, labels, *margins, config.reduction)
     return losses
-
-
-def train_on_pairs(run: Run[Config], network: nn.Module, photos: Photos, decoded: DecodedPhotos, model: dict) -> list:
-    """Trains `network` in place on pairs of `photos` and of their views; returns the history."""
-    config, preprocessing = run.config, decoded.preprocessing
-    size = min(config.view_size or preprocessing.crop, preprocessing.crop)
-    output_dim(network.eval(), size, "the network can't take views", "view_size")
-    step = partial(training_step, config=config, preprocessing=preprocessing, size=size)
-    checkpoint, sampler = run.new_checkpoint(photos, preprocessing, model), ClassPairSampler(photos.labels)
-    return train(network, step, photos, decoded, config, checkpoint, run.checkpoint_path, sampler)
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     """The trained network: Bx3xSxS -> BxD."""
-    backbone = rebuild_backbone(checkpoint.config, checkpoint.model["weights"])
-    network = SiameseNetwork(backbone, checkpoint.config["embedding_dim"])
-    network.load_state_dict(checkpoint.network)
-    return network
+    return ProjectedNetwork.from_checkpoint(checkpoint)
 
 
 def main(config: Config) -> Path:
@@ -184,14 +128,16 @@ def main(config: Config) -> Path:
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded)
-    if backbone.weights != UNTRAINED:
-        run.measure_baseline("pretrained", frozen, split)
+    task = run.prepare_training(frozen, backbone.weights, split, views_alone=config.view_weight > 0)
 
-    network = SiameseNetwork(backbone, config.embedding_dim)
-    network.center_projection(decoded.load_sample(split.train, CENTER_PHOTOS), backbone.preprocessing)
+    network = ProjectedNetwork(backbone, config.embedding_dim)
+    network.init_projection(decoded.load_sample(split.train, CENTER_PHOTOS), backbone.preprocessing)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = require_view_size(network, config.view_size, backbone.preprocessing)
+    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, size=size, task=task)
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    history = train_on_pairs(run, network, split.train, decoded, model)
+    sampler = PKSampler(split.train.labels, photos_per_class=2)
+    history = run.train(network, step, split.train, decoded, model, sampler)
     embedder = run.embedder(network, decoded)
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 

@@ -6,11 +6,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional
 
 from common.config import RunConfig, UserError, apply_overrides, hyperparameters
 from common.data.photos import FileConsumer, Photos, load_photos
@@ -22,6 +24,8 @@ from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
+from common.models.training import Sampler, TrainingStep, train
+from common.models.weights import UNTRAINED
 from common.report.environment import current_commit, describe_environment, peak_memory
 from common.report.pictures import draw_evaluation
 from common.report.result_file import SCHEMA, SUMMARY, neighbours_csv, per_query, summary, to_json
@@ -38,6 +42,13 @@ from common.retrieval.protocol import (
 from common.storage import atomic_write
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+class Task(NamedTuple):
+    """What there is to learn from beside the photos themselves; see `Run.prepare_training`."""
+
+    has_classes: bool
+    targets: torch.Tensor | None  # float32 [N, C], unit vectors: what a pre-trained network makes of the N photos
 
 
 @dataclass
@@ -96,6 +107,42 @@ class Run(Generic[ConfigT]):
     def measure_baseline(self, name: str, embedder: Embedder, split: Split) -> None:
         """Scores a network to compare the run's own with, on the same photos; before training changes it."""
         self.baselines[name] = score_baseline(embedder, split.test, self.also, self.config.seed)
+
+    def prepare_training(self, frozen: Embedder, weights: str, split: Split, views_alone: bool) -> Task:
+        """Scores the backbone as it is, before training changes it, and keeps its features as targets.
+
+        The features are taken about their mean: they are positive, so the angles between them are small. `weights`:
+        those of the backbone; there are no targets if it is untrained. `views_alone`: whether the approach can train
+        without classes. Raises `UserError` if it can't and there is one class only.
+        """
+        has_classes = len(split.train.classes) > 1
+        if not (has_classes or views_alone):
+            raise UserError(
+                f"{self.folder} has one class only, and view_weight is 0: there is nothing to learn. Use photos of two "
+                "classes or more, or pairs of views"
+            )
+        if weights == UNTRAINED:
+            return Task(has_classes, None)
+        self.measure_baseline("pretrained", frozen, split)
+        features = torch.from_numpy(frozen.embed_photos(split.train, "pre-trained features"))
+        return Task(has_classes, functional.normalize(features - features.mean(0)).to(self.device))
+
+    def train(
+        self,
+        network: nn.Module,
+        step: TrainingStep,
+        photos: Photos,
+        decoded: DecodedPhotos,
+        model: dict[str, str],
+        sampler: Sampler | None = None,
+    ) -> list[dict]:
+        """Trains `network` in place on `photos`, with a checkpoint after every epoch; returns the history.
+
+        `model` holds "backbone" and "weights"; for the others see `common.models.training.train`.
+        """
+        checkpoint = self.new_checkpoint(photos, decoded.preprocessing, model)
+        config: Any = self.config  # of an approach that trains
+        return train(network, step, photos, decoded, config, checkpoint, self.checkpoint_path, sampler)
 
     def new_checkpoint(self, photos: Photos, preprocessing: Preprocessing, model: dict[str, str]) -> Checkpoint:
         """Of this run, without state. `photos` are those to train on; `model` holds "backbone" and "weights"."""

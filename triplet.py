@@ -1,0 +1,159 @@
+"""Approach 4: a network trained with triplet loss; k nearest neighbours by the distance between embeddings.
+
+An anchor is to be nearer to a positive, a photo of its class, than to a negative, a photo of another class, by a margin
+(Schroff, Kalenichenko and Philbin 2015, FaceNet). Only the order of distances counts, so a class need not collapse into
+a point. Which of a batch's many triplets count is a question of mining (Hermans, Beyer and Leibe 2017, In Defense of
+the Triplet Loss). As in siamese.py, two augmented views of a photo identify each other (InfoNCE), and photos that are
+near each other for the pre-trained network stay so (distillation).
+
+    python triplet.py
+    python triplet.py --mining batch_hard --view-weight 0 --distillation-weight 0     # the triplet loss alone
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from common.config import Range, RunConfig, run_script
+from common.models.augment import random_views
+from common.models.backbones import load_backbone, require_view_size
+from common.models.checkpoint import Checkpoint
+from common.models.decoded import DecodedPhotos
+from common.models.losses import unsupervised_losses
+from common.models.preprocessing import Preprocessing
+from common.models.projection import ProjectedNetwork
+from common.models.samplers import PKSampler
+from common.models.training import Batch, Losses
+from common.report.run import Run, Task
+
+CENTER_PHOTOS = 256  # photos used to center the projection
+PHOTOS_PER_CLASS = 4  # of a class together in a batch, at least, where the class has them
+SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (7, 5)}  # (default, quick run)
+
+
+@dataclass
+class Config(RunConfig):
+    """Hyperparameters. Edit them here, or override one for a run: --epochs 3"""
+
+    # Network
+    backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
+    weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
+    image_size: Annotated[int, Range(0, 4096)] = 224  # pixels, square; 0: what the weights were trained with
+    whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
+    pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
+    embedding_dim: Annotated[int, Range(1, 65_536)] = 256  # of the linear projection
+
+    # Triplet loss; Euclidean distances between unit vectors, in [0, 2]
+    margin: Annotated[float, Range(0, 2)] = 0.2  # by which an anchor is to be nearer to its positive than its negative
+    mining: Literal["batch_hard", "semi_hard", "batch_all"] = "semi_hard"  # which triplets of a batch count
+    view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
+    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
+
+    # Distillation: photos that are near each other for the pre-trained network are to stay so
+    distillation_weight: Annotated[float, Range(0, 1e6)] = 1.0  # 0: none
+    distillation_temperature: Annotated[float, Range(0.001, 10)] = 0.1  # a lower one looks at nearer neighbours alone
+
+    # Training
+    view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
+    min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
+    epochs: Annotated[int, Range(0, 100_000)] = 7  # passes over the training photos
+    batch_size: Annotated[int, Range(2, 65_536)] = (
+        64  # photos per step; the contrastive loss is over every pair of their views
+    )
+    learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
+    weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
+
+
+def triplet_loss(embeddings: torch.Tensor, labels: torch.Tensor, margin: float, mining: str) -> torch.Tensor:
+    """The mean of max(0, d(anchor, positive) - d(anchor, negative) + margin) over the triplets that `mining` chooses.
+
+    `embeddings`: float BxD, unit vectors; `labels`: int B; d is the Euclidean distance. Of all valid triplets:
+
+    - "batch_hard": for each anchor the farthest positive with the nearest negative (Hermans et al. 2017)
+    - "semi_hard": for each anchor and positive the nearest of the negatives that are farther than the positive; if
+      none is, the farthest negative (Schroff et al. 2015)
+    - "batch_all": all triplets whose loss is above zero (Hermans et al. 2017)
+
+    0 where there is no triplet. The memory is that of a few BxB arrays, not of BxBxB.
+    """
+    distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")  # BxB
+    same = labels[:, None] == labels
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    is_anchor = positive.any(1) & ~same.all(1)
+    if not is_anchor.any():
+        return distances.sum() * 0
+    if mining == "batch_hard":
+        farthest = distances.where(positive, -torch.inf).amax(1)[is_anchor]
+        nearest = distances.where(~same, torch.inf).amin(1)[is_anchor]
+        return functional.relu(farthest - nearest + margin).mean()
+
+    negatives, num_negatives = (
+        distances.where(~same, torch.inf).sort(1).values,
+        (~same).sum(1, keepdim=True),
+    )  # BxB, Bx1
+    pairs = positive & is_anchor[:, None]
+    if mining == "semi_hard":
+        place = torch.searchsorted(negatives.detach(), distances.detach(), right=True)  # the first one farther
+        negative = negatives.gather(1, place.minimum(num_negatives - 1).clamp(min=0))
+        return functional.relu(distances - negative + margin)[pairs].mean()
+
+    # The first n negatives are nearer than d + margin: they lose n (d + margin) minus the sum of their distances.
+    limits = distances + margin
+    count = torch.searchsorted(negatives.detach(), limits.detach())  # BxB
+    sums = functional.pad(negatives.where(negatives.isfinite(), 0).cumsum(1), (1, 0))  # Bx(B+1)
+    loss = (count * limits - sums.gather(1, count))[pairs].sum()
+    return loss / count[pairs].sum().clamp(min=1)
+
+
+def training_step(
+    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, size: int, task: Task
+) -> Losses:
+    """The losses of a batch, from views of `size` x `size` pixels."""
+    num_views = 2 if config.view_weight else 1
+    views = torch.cat([random_views(batch.images, config.min_crop_area, size) for _ in range(num_views)])
+    embeddings = functional.normalize(network(preprocessing.normalize(views)))  # VBxD
+    targets = None if task.targets is None else task.targets[batch.indices]
+    losses = unsupervised_losses(embeddings, targets, config)
+    if task.has_classes:
+        labels = batch.labels.repeat(num_views)
+        losses["triplets"] = triplet_loss(embeddings, labels, config.margin, config.mining)
+    return losses
+
+
+def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
+    """The trained network: Bx3xSxS -> BxD."""
+    return ProjectedNetwork.from_checkpoint(checkpoint)
+
+
+def main(config: Config) -> Path:
+    """Trains on triplets, embeds the photos, searches, scores; returns the path of the result file."""
+    run = Run.begin("triplet", config, SYNTHETIC_OVERRIDES)
+    config = run.config
+    shape = config.image_size, config.pooling, config.whole_photo
+    backbone = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing=run.is_synthetic)
+    decoded = DecodedPhotos(backbone.preprocessing, run.cache)
+    frozen = run.embedder(backbone.network, decoded)
+    split = run.load_photos(decoded)
+    task = run.prepare_training(frozen, backbone.weights, split, views_alone=config.view_weight > 0)
+
+    network = ProjectedNetwork(backbone, config.embedding_dim)
+    network.init_projection(decoded.load_sample(split.train, CENTER_PHOTOS), backbone.preprocessing)
+    network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = require_view_size(network, config.view_size, backbone.preprocessing)
+    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, size=size, task=task)
+    model = {"backbone": config.backbone, "weights": backbone.weights}
+    history = run.train(
+        network, step, split.train, decoded, model, PKSampler(split.train.labels, photos_per_class=PHOTOS_PER_CLASS)
+    )
+    embedder = run.embedder(network, decoded)
+    return run.report(embedder, model, split, run.evaluate(embedder, split), history)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
