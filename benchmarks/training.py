@@ -11,6 +11,7 @@ A ratio above 1 means that ours is faster; `limit` is the fraction of that speed
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -33,12 +34,14 @@ from common.device import choose_device, choose_precision
 from common.models.augment import HUE, JITTER
 from common.models.backbones import load_backbone, load_preprocessing
 from common.models.decoded import DecodedPhotos
-from common.models.losses import info_nce
+from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
+from common.models.projection import ProjectedNetwork
+from common.models.samplers import PKSampler
 from common.parallel import parallel_map
-from common.report.run import Run
+from common.report.run import Run, Task
 
-FEATURE_DIM = 512  # of the random features that the autoencoder matches
+FEATURE_DIM = 512  # of the random features to match
 
 
 @dataclass
@@ -119,23 +122,25 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
     own = replace(siamese.Config(), **run_fields(photos, config, folder))
     run = Run.begin("siamese", own, {})
 
-    def network() -> siamese.SiameseNetwork:
+    def network() -> ProjectedNetwork:
         backbone = load_backbone(own.backbone, "none", own.image_size, own.pooling, own.whole_photo)
-        return siamese.SiameseNetwork(backbone, own.embedding_dim)
+        return ProjectedNetwork(backbone, own.embedding_dim)
 
     preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
+    task = Task(True, functional.normalize(torch.randn(len(photos), FEATURE_DIM, device=run.device)))
+    step = partial(siamese.training_step, config=own, preprocessing=preprocessing, size=own.view_size, task=task)
 
     def seconds(decoded: DecodedPhotos) -> float:
         trained = network().to(run.device, memory_format=torch.channels_last)
-        return siamese.train_on_pairs(run, trained, photos, decoded, {})[-1]["seconds"]
+        return run.train(trained, step, photos, decoded, {}, PKSampler(photos.labels, 2))[-1]["seconds"]
 
     def loss_fn(
-        network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, __: torch.Tensor
+        network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
         embeddings = functional.normalize(network(torch.cat(views.unbind(1))))
         margins = own.positive_margin, own.negative_margin
         pairs = siamese.contrastive_loss(embeddings, labels.repeat(2), *margins, own.reduction)
-        return pairs + own.view_weight * info_nce(*embeddings.chunk(2), own.temperature)
+        return pairs + sum(unsupervised_losses(embeddings, task.targets[indices], own).values())
 
     views = PlainViews(photos, preprocessing, 2, own.view_size, own.min_crop_area)
     decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
