@@ -1,17 +1,21 @@
-"""Approach 2: the bottleneck of an autoencoder, without labels; k nearest neighbours by cosine similarity.
+"""Approach 2: the code of an autoencoder, without labels; k nearest neighbours by cosine similarity.
 
-An encoder compresses a photo into a vector, from which a decoder reconstructs the photo: what survives is what matters
-(Hinton and Salakhutdinov 2006). The squared error of pixels alone spends the vector on colours and backgrounds. So the
-vector must also match the features of a frozen CNN, pre-trained on other photos: a perceptual loss (Hou et al. 2017,
-Deep Feature Consistent Variational Autoencoder), but on the vector itself (Romero et al. 2015, FitNets). The encoder
-sees an augmented view, and the original is to be reconstructed (Vincent et al. 2008, denoising), so that crop,
-mirroring and lighting barely change a photo's vector. The labels of the photos are not used.
+An encoder compresses a photo into a vector, the code, from which a decoder reconstructs the photo (Hinton and
+Salakhutdinov 2006). To reconstruct takes colors and layout; to search takes what is in the photo. So the code has two
+parts, and the decoder sees both and nothing else:
+
+- appearance: the principal components of the small photo, which are computed, not trained: they are the best linear
+  autoencoder (Baldi and Hornik 1989)
+- semantics: a pre-trained CNN with a linear map. It learns to give an augmented view of a photo the whitened features
+  that it gave the whole photo before (a denoising autoencoder on features: Vincent et al. 2008; Romero et al. 2015), so
+  that crop, mirroring and lighting barely change them
+
+In the search both count, appearance little (`appearance_weight`). The labels of the photos are not used; the CNN was
+pre-trained with labels of other photos (ImageNet). `--feature-weight 0` starts from random weights and learns from
+pixels alone.
 
     python autoencoder.py
     python autoencoder.py --feature-weight 0     # pixels alone
-
-Measured with features of squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on two cores of an AMD
-EPYC: precision@5 0.949 after 22 minutes of training (results/reference/autoencoder.json).
 """
 
 from collections.abc import Callable
@@ -20,175 +24,177 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional
 
 from common.config import Range, RunConfig, UserError, run_script
-from common.data.photos import Photos
 from common.models.augment import random_views
-from common.models.backbones import load_backbone, load_preprocessing
+from common.models.backbones import Backbone, load_backbone, rebuild_backbone, require_view_size
 from common.models.checkpoint import Checkpoint, strip_prefix
 from common.models.decoded import DecodedPhotos
-from common.models.embedder import Embedder
-from common.models.layers import ForceFloat32, ResidualBlock, conv3x3
-from common.models.preprocessing import Preprocessing
+from common.models.layers import ForceFloat32, conv3x3
+from common.models.losses import structural_similarity
+from common.models.pca import principal_components
+from common.models.preprocessing import Preprocessing, shrink
 from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
+from common.report.reconstruction import score_reconstructions
 from common.report.run import Run
 
-ENCODER_BLOCKS = (1, 2, 2)  # residual blocks per stage; each stage halves the maps and doubles the channels
-DECODER_WIDTH = 32  # channels
-UPSAMPLING = 16  # of the decoder's maps: 2 by interpolation, 8 by rearranging channels (PixelShuffle)
-NO_TEACHER = "none (pixels alone)"
-NUM_SHOWN = 12  # photos in the picture of reconstructions
-SYNTHETIC_OVERRIDES = {"image_size": (96, 64), "epochs": (30, 20)}  # (default, quick run)
+SMALL = 32  # pixels, square, of the photo that the appearance is computed from
+UPSAMPLING = 8  # of the decoder's maps
+PCA_PHOTOS = 4000  # from which principal components are computed
+SYNTHETIC_OVERRIDES = {"image_size": (224, 96), "view_size": (160, 64), "epochs": (4, 3)}  # (default, quick run)
 
 
 @dataclass
 class Config(RunConfig):
     """Hyperparameters. Edit them here, or override one for a run: --epochs 3"""
 
-    # Network
-    backbone: str = "resnet18"  # whose features are to be matched: any classification network of torchvision
+    # Encoder
+    backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the backbone's last feature maps; 1: average
-    image_size: Annotated[int, Range(0, 4096)] = 96  # pixels, square, of photo and reconstruction; a multiple of 16
+    image_size: Annotated[int, Range(0, 4096)] = 224  # pixels, square; 0: what the weights were trained with
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
-    width: Annotated[int, Range(1, 1024)] = 32  # channels of the encoder's first layer; each stage has twice as many
-    embedding_dim: Annotated[int, Range(1, 65_536)] = 512  # of the bottleneck; principal components of the features
+    semantic_dim: Annotated[int, Range(1, 65_536)] = 256  # of the code: what the CNN sees
+    appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 384  # of the code: what the photo looks like
+    appearance_weight: Annotated[float, Range(0.01, 100)] = 0.2  # of its length in the code, relative to semantics
 
-    # Loss
-    pixel_weight: Annotated[float, Range(0, 1e6)] = 0.1  # of the squared error of pixels, in units of their variance
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of that of features, in units of theirs; 0: pixels alone
-    whitening: Annotated[float, Range(0, 1)] = 0.25  # of the principal components; 0: none, 1: all have equal variance
+    # Decoder
+    output_size: Annotated[int, Range(UPSAMPLING, 1024)] = 96  # pixels, square, of a reconstruction; a multiple of 8
+    decoder_width: Annotated[int, Range(1, 1024)] = 64  # channels
+
+    # Losses
+    pixel_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of the squared error of pixels, normalized as the input is
+    structure_weight: Annotated[float, Range(0, 1e6)] = 0.1  # of 1 - SSIM, which keeps edges sharp
+    feature_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of the squared distance of features; 0: pixels alone
+    whitening: Annotated[float, Range(0, 1)] = 0.25  # of the features to match: how far their variances are made equal
 
     # Training
-    view_size: Annotated[int, Range(0, 4096)] = 64  # pixels, square, of a view; a smaller one is faster; 0: image_size
+    view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 30  # passes over the gallery
+    epochs: Annotated[int, Range(0, 100_000)] = 4  # passes over the training photos
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step
-    learning_rate: Annotated[float, Range(1e-9, 10)] = 2e-3  # peak, of AdamW
-    weight_decay: Annotated[float, Range(0, 10)] = 0.05  # of AdamW
+    learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
+    weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
 
-class Encoder(nn.Sequential):
-    """Bx3xSxS -> the bottleneck, float32 BxD."""
+class Encoder(nn.Module):
+    """A photo -> its code, [appearance, semantics]."""
 
-    def __init__(self, width: int, embedding_dim: int) -> None:
-        stages: list[nn.Module] = [conv3x3(3, width, stride=2)]
-        for blocks in ENCODER_BLOCKS:
-            stages.append(ResidualBlock(width, 2 * width, stride=2))
-            stages += [ResidualBlock(2 * width, 2 * width, stride=1) for _ in range(blocks - 1)]
-            width *= 2
-        stages += [conv3x3(width, 2 * width, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        linear = nn.Linear(2 * width, embedding_dim, bias=False)
-        super().__init__(*stages, ForceFloat32(linear, nn.BatchNorm1d(embedding_dim)))
+    def __init__(self, backbone: Backbone, appearance_dim: int, semantic_dim: int, appearance_weight: float) -> None:
+        super().__init__()
+        self.appearance_weight = appearance_weight
+        self.pixels = nn.Linear(3 * SMALL**2, appearance_dim).requires_grad_(False)
+        self.backbone = backbone.network
+        self.linear = nn.Linear(backbone.feature_dim, semantic_dim)
+        self.features = ForceFloat32(self.linear)
+
+    def appearance(self, images: torch.Tensor) -> torch.Tensor:
+        """Bx3xSxS -> float32 BxA"""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.appearance_weight * self.pixels(shrink(images.float(), SMALL).flatten(1))
+
+    def semantics(self, images: torch.Tensor) -> torch.Tensor:
+        """Bx3xSxS -> float32 BxD"""
+        return self.features(functional.normalize(self.backbone(images).float()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Bx3xSxS -> float32 Bx(A+D)"""
+        return torch.cat([self.appearance(images), self.semantics(images)], 1)
+
+
+class Decoder(nn.Module):
+    """A code -> the photo: that of its principal components, and details that convolutions add from the whole code."""
+
+    def __init__(self, appearance_dim: int, semantic_dim: int, size: int, width: int) -> None:
+        super().__init__()
+        self.size, self.appearance_dim = size, appearance_dim
+        self.pixels = nn.Linear(appearance_dim, 3 * SMALL**2).requires_grad_(False)
+        self.details = nn.Sequential(
+            nn.Linear(appearance_dim + semantic_dim, width * (size // UPSAMPLING) ** 2),
+            nn.Unflatten(1, (width, size // UPSAMPLING, size // UPSAMPLING)),
+            *(conv3x3(width, width), nn.Upsample(scale_factor=2), conv3x3(width, width)),
+            *(nn.Upsample(scale_factor=2), nn.Conv2d(width, 3 * 2**2, 3, padding=1), nn.PixelShuffle(2)),
+        )
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        """Bx(A+D) -> Bx3xSxS, normalized as the encoder's input is"""
+        small = self.pixels(codes[:, : self.appearance_dim]).view(-1, 3, SMALL, SMALL)
+        return functional.interpolate(small, self.size, mode="bicubic", align_corners=False) + self.details(codes)
 
 
 class Autoencoder(nn.Module):
-    """An encoder and a decoder, which reconstructs the photo from the bottleneck."""
+    """An encoder and a decoder."""
 
-    def __init__(self, image_size: int, width: int, embedding_dim: int) -> None:
+    def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__()
-        size, maps = image_size // UPSAMPLING, DECODER_WIDTH
-        self.encoder = Encoder(width, embedding_dim)
-        self.decoder = nn.Sequential(
-            *(nn.Linear(embedding_dim, maps * size**2), nn.Unflatten(1, (maps, size, size))),
-            *(nn.Upsample(scale_factor=2), conv3x3(maps, maps)),
-            *(nn.Conv2d(maps, 3 * 8**2, 3, padding=1), nn.PixelShuffle(8)),  # Shi et al. 2016
-        )
+        dims = config.appearance_dim, config.semantic_dim
+        self.encoder = Encoder(backbone, *dims, config.appearance_weight)
+        self.decoder = Decoder(*dims, config.output_size, config.decoder_width)
 
-    def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bx3xVxV -> (reconstruction Bx3xSxS, normalized as the input is; bottleneck BxD)"""
-        bottleneck = self.encoder(views)
-        return self.decoder(bottleneck), bottleneck
+    def forward(
+        self, views: torch.Tensor, photos: torch.Tensor, semantics: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views, whole photos Bx3xSxS and, if known, their semantics BxD -> (reconstructions, semantics of the views)
 
+        In training the decoder gets the semantics that the encoder is to learn: no photo has to pass the CNN twice.
+        """
+        known = self.encoder.semantics(photos) if semantics is None else semantics
+        codes = torch.cat([self.encoder.appearance(photos), known], 1)
+        return self.decoder(codes), self.encoder.semantics(views) if semantics is not None else known
 
-def load_teacher(run: Run[Config]) -> tuple[Embedder | None, str]:
-    """The frozen CNN whose features are to be matched, and its weights; None where these are not wanted or missing."""
-    config = run.config
-    if not config.feature_weight:
-        return None, NO_TEACHER
-    network, preprocessing, weights, _ = load_backbone(
-        config.backbone, config.weights, 0, config.pooling, config.whole_photo, untrained_if_missing=run.is_synthetic
-    )
-    if weights == UNTRAINED:
-        return None, NO_TEACHER
-    return run.embedder(network, DecodedPhotos(preprocessing, None)), weights
+    @torch.no_grad()
+    def init_appearance(self, photos: torch.Tensor) -> None:
+        """Makes encoder and decoder of the appearance those of the principal components of photos, Nx3x32x32."""
+        encoder, decoder = self.encoder.pixels, self.decoder.pixels
+        mean, directions = principal_components(photos.flatten(1), encoder.out_features, whitening=0)
+        encoder.weight.copy_(directions)
+        encoder.bias.copy_(-directions @ mean)
+        decoder.weight.copy_(directions.T / directions[0].square().sum() / self.encoder.appearance_weight)
+        decoder.bias.copy_(mean)
 
-
-def whiten(features: torch.Tensor, dim: int, power: float) -> torch.Tensor:
-    """Principal components of float32 NxF, the largest first: float32 NxD with D = min(dim, F).
-
-    A component of variance v gets variance v^(1 - power): 0 keeps the cosines, 1 makes all components alike (Jegou and
-    Chum 2012, Negative Evidences and Co-occurrences in Image Retrieval). The mean of the variances is 1.
-    """
-    features = (features - features.mean(0)).double()
-    variances, directions = torch.linalg.eigh(features.T @ features / len(features))  # the smallest first
-    variances, directions = variances.flip(0)[:dim], directions.flip(1)[:, :dim]
-    scales = variances.clamp(min=1e-6 * variances[0]) ** (-power / 2)
-    components = features @ (directions * scales)
-    return (components / components.square().mean().sqrt()).float()
+    @torch.no_grad()
+    def init_semantics(self, features: torch.Tensor, whitening: float) -> torch.Tensor:
+        """Makes the linear map of features NxF that of their whitened principal components; returns these, NxD."""
+        linear = self.encoder.linear
+        mean, directions = principal_components(features, linear.out_features, whitening)
+        linear.weight.copy_(directions)
+        linear.bias.copy_(-directions @ mean)
+        return linear(features)
 
 
 def training_step(
-    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, features: torch.Tensor
+    network: Callable,
+    batch: Batch,
+    config: Config,
+    preprocessing: Preprocessing,
+    size: int,
+    targets: torch.Tensor | None,  # NxD, the semantics of the training photos
 ) -> Losses:
-    """The losses of a batch; `features`, float32 NxD, are those to match, Nx0 for none."""
-    size = min(config.view_size or config.image_size, config.image_size)
-    views = random_views(batch.images, config.min_crop_area, size)
-    reconstruction, bottleneck = network(preprocessing.normalize(views))
-    photos = preprocessing.normalize(batch.images)
-    losses = {"pixels": config.pixel_weight * functional.mse_loss(reconstruction.float(), photos)}
-    if features.shape[1]:
-        losses["features"] = config.feature_weight * functional.mse_loss(bottleneck, features[batch.indices])
+    """The losses of a batch: the whole photo is reconstructed, a view of it of `size` x `size` pixels is recognized."""
+    views = preprocessing.normalize(random_views(batch.images, config.min_crop_area, size))
+    photos = preprocessing.normalize(batch.images.float())
+    wanted = None if targets is None else targets[batch.indices]
+    reconstructions, semantics = network(views, photos, wanted)
+    originals = shrink(photos, config.output_size)
+    losses = {"pixels": config.pixel_weight * functional.mse_loss(reconstructions.float(), originals)}
+    if config.structure_weight:
+        output, original = (preprocessing.denormalize(each.float()) for each in (reconstructions, originals))
+        losses["structure"] = config.structure_weight * (1 - structural_similarity(output, original).mean())
+    if wanted is not None:
+        losses["features"] = config.feature_weight * (semantics - wanted).square().sum(1).mean()
     return losses
 
 
-def reconstruct(
-    network: nn.Module, decoded: DecodedPhotos, queries: Photos, device: torch.device
-) -> tuple[dict[str, float], Image.Image]:
-    """Reconstructs the queries: mean squared error (of values in [0, 1]), mean PSNR (dB), and a picture of some, the
-    originals above.
-    """
-    preprocessing = decoded.preprocessing
-    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
-    shown = set(np.linspace(0, len(queries) - 1, NUM_SHOWN).astype(int).tolist())
-    squared_errors, columns = [], []
-    network.eval()
-    for index in range(len(queries)):
-        original = decoded.load(queries, np.array([index]))  # 1xSxSx3
-        with torch.inference_mode():
-            output, _ = network(preprocessing.normalize(torch.from_numpy(original).to(device)))
-        pixels = (output[0] * std + mean).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-        squared_errors.append(np.square(pixels - original[0] / 255).mean())
-        if index in shown:
-            columns.append(np.concatenate([original[0], np.round(pixels * 255).astype(np.uint8)]))
-    errors = np.maximum(squared_errors, 1e-10)  # an exact copy has no finite PSNR
-    scores = {"mse": float(errors.mean()), "psnr": float(-10 * np.log10(errors).mean())}
-    return scores, Image.fromarray(np.concatenate(columns, axis=1))
-
-
-def train_autoencoder(
-    run: Run[Config], features: torch.Tensor, photos: Photos, decoded: DecodedPhotos, model: dict
-) -> tuple[Autoencoder, list]:
-    """Trains on `photos` and their `features`, NxF; returns the network and the history."""
-    config = run.config
-    network = Autoencoder(config.image_size, config.width, features.shape[1] or config.embedding_dim)
-    network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    step = partial(training_step, config=config, preprocessing=decoded.preprocessing, features=features)
-    return network, run.train(network, step, photos, decoded, model)
-
-
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
-    """The trained encoder: Bx3xSxS -> BxD."""
-    state = strip_prefix("encoder.", checkpoint.network)
-    embedding_dim = checkpoint.network["decoder.0.weight"].shape[1]
-    encoder = Encoder(checkpoint.config["width"], embedding_dim)
-    encoder.load_state_dict(state)
+    """The trained encoder: Bx3xSxS -> Bx(A+D)."""
+    config = checkpoint.config
+    backbone = rebuild_backbone(config, checkpoint.model["weights"])
+    encoder = Encoder(backbone, config["appearance_dim"], config["semantic_dim"], config["appearance_weight"])
+    encoder.load_state_dict(strip_prefix("encoder.", checkpoint.network))
     return encoder
 
 
@@ -196,25 +202,32 @@ def main(config: Config) -> Path:
     """Trains without labels, embeds the photos, searches, scores; returns the path of the result file."""
     run = Run.begin("autoencoder", config, SYNTHETIC_OVERRIDES)
     config = run.config
-    if not config.image_size or config.image_size % UPSAMPLING:
-        raise UserError(f"image_size is {config.image_size}: give a multiple of {UPSAMPLING}")
-    preprocessing = load_preprocessing(config.backbone, config.weights, config.image_size, config.whole_photo)
-    decoded = DecodedPhotos(preprocessing, run.cache)
-    teacher, weights = load_teacher(run)
-    split = run.load_photos(decoded, *([teacher] if teacher else []))
-    features = torch.empty(len(split.train), 0)
-    if teacher:
-        run.measure_baseline("pretrained", teacher, split)
-        features = torch.from_numpy(teacher.embed_photos(split.train, "features to match"))
-        features = whiten(features, config.embedding_dim, config.whitening)
+    if config.output_size % UPSAMPLING:
+        raise UserError(f"output_size is {config.output_size}: give a multiple of {UPSAMPLING}")
+    shape = config.image_size, config.pooling, config.whole_photo
+    weights = config.weights if config.feature_weight else "none"
+    backbone = load_backbone(config.backbone, weights, *shape, untrained_if_missing=run.is_synthetic)
+    decoded = DecodedPhotos(backbone.preprocessing, run.cache)
+    frozen = run.embedder(backbone.network, decoded)
+    split = run.load_photos(decoded)
 
-    torch.manual_seed(config.seed)  # the teacher's initial weights, if any, used some of the generator
-    model = {"backbone": f"autoencoder, width {config.width}, features of {config.backbone}", "weights": weights}
-    network, history = train_autoencoder(run, features.to(run.device), split.train, decoded, model)
+    network, targets = Autoencoder(backbone, config), None
+    small = decoded.load_small(split.train, PCA_PHOTOS, SMALL)  # Nx3x32x32
+    network.init_appearance(backbone.preprocessing.normalize(255 * small.permute(0, 2, 3, 1)))
+    if backbone.weights != UNTRAINED:
+        run.measure_baseline("pretrained", frozen, split)
+        features = torch.from_numpy(frozen.embed_photos(split.train, "features to match"))
+        targets = network.init_semantics(features, config.whitening).to(run.device)
+    network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = require_view_size(network.encoder.backbone, config.view_size, backbone.preprocessing)
+    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, size=size, targets=targets)
+    model = {"backbone": config.backbone, "weights": backbone.weights}
+    history = run.train(network, step, split.train, decoded, model)
 
     embedder = run.embedder(network.encoder, decoded)
     evaluation = run.evaluate(embedder, split)
-    scores, picture = reconstruct(network, decoded, split.test.queries, run.device)
+    dim = config.appearance_dim + config.semantic_dim
+    scores, picture = score_reconstructions(network.encoder, network.decoder, decoded, split, config.output_size, dim)
     extra, pictures = {"reconstruction": scores}, {"reconstructions": picture}
     return run.report(embedder, model, split, evaluation, history, extra, pictures)
 

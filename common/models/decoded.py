@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.config import UserError
 from common.data.decode import UnreadablePhotoError
 from common.data.photos import Photos
-from common.models.preprocessing import Preprocessing
+from common.models.preprocessing import Preprocessing, shrink
+from common.parallel import parallel_map
 from common.storage import RowCache
 
 
@@ -63,6 +65,13 @@ class DecodedPhotos:
     def load_sample(self, photos: Photos, count: int) -> np.ndarray:
         """uint8 [B, S, S, 3] of up to `count` photos, evenly spread."""
         return self.load(photos, np.linspace(0, len(photos) - 1, min(count, len(photos))).astype(int))
+
+    def load_small(self, photos: Photos, count: int, size: int) -> torch.Tensor:
+        """float32 [B, 3, size, size] with values in [0, 1] of up to `count` photos, evenly spread."""
+        indices = np.linspace(0, len(photos) - 1, min(count, len(photos))).astype(int)
+        batches = np.array_split(indices, len(indices) // self.chunksize + 1)
+        loaded = parallel_map(lambda batch: torch.from_numpy(self.load(photos, batch)), batches)
+        return torch.cat([shrink(images.permute(0, 3, 1, 2) / 255, size) for images in loaded])
 
 
 def decode_files(

@@ -58,3 +58,21 @@ def unsupervised_losses(
         distillation = similarity_distillation(embeddings, repeated, config.distillation_temperature)
         losses["distillation"] = config.distillation_weight * distillation
     return losses
+
+
+def structural_similarity(first: torch.Tensor, second: torch.Tensor, window: int = 7) -> torch.Tensor:
+    """SSIM (Wang et al. 2004) of images float [B, C, H, W] with values in [0, 1]: float [B], 1 for equal ones.
+
+    Over square windows of equal weight, every second one in each direction.
+    """
+
+    def local_mean(images: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(images, window, stride=2)
+
+    mean_first, mean_second = local_mean(first), local_mean(second)
+    variance_first = local_mean(first.square()) - mean_first.square()
+    variance_second = local_mean(second.square()) - mean_second.square()
+    covariance = local_mean(first * second) - mean_first * mean_second
+    luminance = (2 * mean_first * mean_second + 0.01**2) / (mean_first.square() + mean_second.square() + 0.01**2)
+    contrast = (2 * covariance + 0.03**2) / (variance_first + variance_second + 0.03**2)
+    return (luminance * contrast).mean((1, 2, 3))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 
 from common.data.decode import VERSION, decode_photo
@@ -50,6 +51,11 @@ class Preprocessing:
         mean, std = (torch.tensor(each, device=images.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
         return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2), 1 / (255 * std))
 
+    def denormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 [B, 3, S, S], RGB in [0, 1] where `images` come from photos: the inverse of `normalize`."""
+        mean, std = (torch.tensor(each, device=images.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
+        return images * std + mean
+
     def to_dict(self) -> dict:
         """The fields as plain values, for a file; `from_dict` is the inverse."""
         return {**dataclasses.asdict(self), "interpolation": self.interpolation.name}
@@ -59,3 +65,8 @@ class Preprocessing:
         """From what `to_dict` returned."""
         tuples = {name: tuple(fields[name]) for name in ("mean", "std")}
         return cls(**{**fields, **tuples, "interpolation": InterpolationMode[fields["interpolation"]]})
+
+
+def shrink(images: torch.Tensor, size: int) -> torch.Tensor:
+    """float [B, C, S, S] -> [B, C, size, size], antialiased."""
+    return functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)

@@ -1,7 +1,7 @@
 """Pictures of queries with their neighbours."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +90,22 @@ def draw_rows(heading: str, subheading: str, rows: Iterable[list[Tile]]) -> Imag
                 draw.rounded_rectangle((x, y, x + TILE - 1, y + TILE - 1), FRAME, tile.frame)
             picture.paste(photo, (x + FRAME, y + FRAME))
             draw.text((x + TILE / 2, y + TILE + 4), shorten(tile.label, small), INK, small, anchor="ma")
+    return picture
+
+
+def draw_grid(heading: str, rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """Rows of images, each with its name above it."""
+    columns = max(len(row) for row in rows.values())
+    small, large = ImageFont.load_default(14), ImageFont.load_default(20)
+    row_height, top = TILE + 34, MARGIN + 36
+    width = max(2 * MARGIN + columns * (TILE + GAP) - GAP, 2 * MARGIN + round(large.getlength(heading)))
+    picture = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN // 2), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, MARGIN - 8), heading, INK, large)
+    for y, (name, row) in zip(itertools.count(top, row_height), rows.items(), strict=False):
+        draw.text((MARGIN, y), name, FAINT, small)
+        for x, image in zip(itertools.count(MARGIN, TILE + GAP), row, strict=False):
+            picture.paste(image.resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y + 20))
     return picture
 
 

@@ -1,0 +1,19 @@
+"""Principal components."""
+
+import torch
+
+
+def principal_components(vectors: torch.Tensor, dim: int, whitening: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean F and directions DxF of the float32 vectors NxF: x -> directions @ (x - mean) is the principal components.
+
+    A component of variance v gets variance v^(1 - whitening): 0 keeps the angles about the mean, 1 makes all components
+    alike (Jegou and Chum 2012). A few strong directions dominate the cosines; whitening shrinks them. The mean squared
+    length of the components is 1.
+    """
+    mean = vectors.mean(0)
+    centered = (vectors - mean).double()
+    variances, directions = torch.linalg.eigh(centered.T @ centered / len(vectors))  # the smallest first
+    variances, directions = variances.flip(0)[:dim], directions.flip(1)[:, :dim]
+    scales = variances.clamp(min=1e-6 * variances[0]) ** (-whitening / 2)
+    length = (variances * scales**2).sum().sqrt()  # root of the mean squared length
+    return mean, (directions * scales / length).T.float()
