@@ -81,9 +81,9 @@ def test_training_never_sees_the_labels(synthetic_photos, tmp_path, monkeypatch)
     load_photos, train = Run.load_photos, autoencoder.train
 
     def relabelled(self, *consumers):
-        gallery, queries = load_photos(self, *consumers)
-        labels = np.random.default_rng(len(states)).permutation(gallery.labels)
-        return dataclasses.replace(gallery, labels=labels), queries
+        split = load_photos(self, *consumers)
+        labels = np.random.default_rng(len(states)).permutation(split.train.labels)
+        return dataclasses.replace(split, train=dataclasses.replace(split.train, labels=labels))
 
     class TrainedError(Exception):
         pass
@@ -119,6 +119,8 @@ def test_a_run(run_script, synthetic_photos, tmp_path):
     for part in ("pixels", "features"):
         assert result["history"][1][part] < result["history"][0][part]
     assert 0 < result["reconstruction"]["mse"] < 1
+    assert result["baselines"].keys() == {"pretrained", "raw_pixels", "chance"}
+    assert result["baselines"]["pretrained"].keys() == result["metrics"].keys()
     assert result["model"]["embedding_dim"] == 512
     assert result["model"]["weights"].startswith("frozen.pth, sha256 ")
     assert Image.open(tmp_path / "results" / "autoencoder.reconstructions.png").size == (12 * 32, 2 * 32)

@@ -88,6 +88,13 @@ def test_photos_that_classes_leave_over_are_spread_over_the_epoch():
         assert all(len(np.unique(batch)) < 8 for batch in batches)
 
 
+def test_two_photos_of_each_of_many_classes_are_all_paired():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5000), 2))
+    pairs = labels[ClassPairSampler(labels).epoch(np.random.default_rng(0))].reshape(-1, 2)
+    assert (pairs[:, 0] == pairs[:, 1]).all()
+    assert sorted(pairs[:, 0]) == list(range(5000))
+
+
 def test_a_class_of_one_photo_and_an_odd_number_of_photos():
     labels = np.array([0] * 7 + [1] * 4 + [2, 3])
     order = ClassPairSampler(labels).epoch(np.random.default_rng(0))
@@ -139,9 +146,9 @@ def test_a_run_and_one_that_was_killed_and_resumed(run_script, synthetic_photos,
 
     checkpoint = Checkpoint.load(tmp_path / "killed" / "siamese.pt")  # holds all that it takes to embed a photo
     preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
-    gallery, queries = load_split(synthetic_photos, "", "test", 0)
+    test = load_split(synthetic_photos, "", "test", 0).test
     embedder = Embedder(from_checkpoint(checkpoint), preprocessing, torch.device("cpu"))
-    embeddings = [embedder.embed_photos(photos) for photos in (queries, gallery)]
+    embeddings = [embedder.embed_photos(photos) for photos in (test.queries, test.gallery)]
     nearest = (embeddings[0][:1] @ embeddings[1].T).max()
     first = (tmp_path / "killed" / "siamese.neighbours.csv").read_text().splitlines()[1].split(",")
     assert float(first[3]) == pytest.approx(nearest, abs=1e-5)
@@ -153,6 +160,36 @@ def test_class_pairs_only(run_script, synthetic_photos, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "view_pairs" not in read(tmp_path / "results")["history"][0]
     assert not (tmp_path / "data").exists()
+
+
+def test_further_test_sets(run_script, synthetic_photos, tmp_path):
+    options = ("--data", str(synthetic_photos), *SMALL, "--epochs", "0", "--also", str(synthetic_photos))
+    ended = run_script("siamese.py", *options, str(synthetic_photos / "cat"))
+    assert ended.returncode == 0, ended.stderr
+    also = read(tmp_path / "results")["also"]
+    assert list(also) == [synthetic_photos.name, "cat"]
+    both, cats = also.values()
+    assert 0 <= both["metrics"]["hit_rate@1"]["value"] <= 1
+    assert (both["gallery"], both["queries"], both["classes"]) == (120, 120, 2)
+    assert both["baselines"].keys() == {"raw_pixels", "chance"}
+    assert cats["metrics"] == {}  # of one class
+    assert f"{synthetic_photos.name}: 120 queries, 2 classes, each photo against all others" in ended.stdout
+    ended = run_script("siamese.py", *options, str(synthetic_photos))
+    assert ended.returncode == 2
+    name = synthetic_photos.name
+    assert ended.stderr.endswith(f"two folders of --also are called {name}: rename one, as results go by names\n")
+
+
+def test_without_labels(run_script, synthetic_photos, tmp_path):
+    ended = run_script("siamese.py", "--data", str(synthetic_photos), *SMALL, "--epochs", "1", "--no-labelled")
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    result = read(tmp_path / "results")
+    assert all(name.startswith("instance_") for name in result["metrics"])
+    assert len(result["metrics"]) == 12
+    assert result["dataset"]["classes"] == {"": 108}
+    assert result["verification"] == {}
+    assert result["baselines"]["chance"] == {}
 
 
 def test_views_too_small(run_script, synthetic_photos):

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _read_per_query(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, or run its script again") from error
 
 
@@ -94,16 +95,16 @@ def paired_difference(first: Result, second: Result, metric: str) -> tuple[float
 
     None where the values of each query are not known on both sides. `metric` may be "<test set>/<metric>".
     """
-    prefix = metric.rpartition("/")[0]
+    prefix, _, name = metric.rpartition("/")
     key = f"{prefix}/sha256" if prefix else "sha256"
     one, other = first["per_query"], second["per_query"]
     if metric not in one or metric not in other:
         return None
     values = [np.asarray(each[metric], np.float64) for each in (one, other)]
-    if len(values[0]) == len(one[key]):  # in the order of the photos' names, which may differ
-        orders = [np.argsort(each[key], kind="stable") for each in (one, other)]
-        if not np.array_equal(one[key][orders[0]], other[key][orders[1]]):
-            return None
+    orders = [np.argsort(each[key], kind="stable") for each in (one, other)]
+    if not np.array_equal(one[key][orders[0]], other[key][orders[1]]):
+        return None
+    if not name.startswith("instance_"):  # those are in the order of a hash; others in that of names, which may differ
         values = [each[order] for each, order in zip(values, orders, strict=True)]
     difference = values[0] - values[1]
     low, high = np.percentile(bootstrap_means(difference[None])[0], [2.5, 97.5])

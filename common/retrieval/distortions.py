@@ -59,6 +59,8 @@ def rotation(image: Image.Image, rng: np.random.Generator, strength: float) -> I
 def perspective(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
     """As seen from the side: each corner moves inward."""
     width, height = image.size
+    if min(width, height) < 3:  # corners would coincide
+        return image
     corners = [(0, 0), (width - 1, 0), (width - 1, height - 1), (0, height - 1)]
     x, y = (strength * rng.uniform(*PERSPECTIVE, 4) * side for side in image.size)
     moved = [

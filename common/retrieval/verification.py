@@ -14,8 +14,9 @@ def verify(embedder: Embedder, validation: Photos, queries: Photos) -> dict[str,
     """ROC AUC over all pairs of queries by Euclidean distance, and accuracy at a threshold.
 
     The threshold is the distance that classifies most pairs of `validation`, photos not trained on, correctly;
-    `same_precision` and `different_precision` say how often an answer at the threshold was right on those pairs. Of
-    more than `MAX_QUERIES` queries, so many take part. Empty where either side has pairs of one kind only.
+    `same_precision` and `different_precision` say how often an answer at the threshold was right on those pairs; the
+    latter is left out if there was no such answer. Of more than `MAX_QUERIES` queries, so many take part. Empty where
+    either side has pairs of one kind only.
     """
     queries = queries.subset(np.linspace(0, len(queries) - 1, min(MAX_QUERIES, len(queries))).astype(int))
     for labels in (validation.labels, queries.labels):

@@ -55,7 +55,8 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_raw_pixels_do_not_solve_it(tmp_path):
-    gallery, queries = load_split(draw_dataset(tmp_path / "drawn", count=600), "", "test", 0)
+    test = load_split(draw_dataset(tmp_path / "drawn", count=600), "", "test", 0).test
+    gallery, queries = test.gallery, test.queries
 
     def pixels(photos):
         images = [decode_photo(photos.read(index)) for index in range(len(photos))]

@@ -19,6 +19,7 @@ CHECKPOINT = Checkpoint(
     network={"weight": torch.arange(6.0).view(2, 3)},
     optimizer={"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"lr": 0.01, "params": [0]}]},
     scaler={},
+    verification={"threshold": 0.75},
 )
 
 
@@ -30,7 +31,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     for field in dataclasses.fields(Checkpoint):
         if field.name not in ("network", "optimizer"):
             assert getattr(loaded, field.name) == getattr(CHECKPOINT, field.name)
-    assert loaded.schema == SCHEMA == 3
+    assert loaded.schema == SCHEMA == 4
     assert loaded.network.keys() == {"weight"}
     assert torch.equal(loaded.network["weight"], CHECKPOINT.network["weight"])
     assert loaded.optimizer["state"][0]["step"] == 5
@@ -54,7 +55,7 @@ def test_an_interrupted_save_keeps_the_last_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "stored",
-    [{"schema": 2, "approach": "small", "network": {}}, {"approach": "small"}, [1, 2], torch.zeros(2)],
+    [{"schema": 3, "approach": "small", "network": {}}, {"approach": "small"}, [1, 2], torch.zeros(2)],
     ids=["older schema", "no schema", "list", "tensor"],
 )
 def test_another_version_is_refused(tmp_path, stored):

@@ -55,7 +55,7 @@ def test_other_runs_and_splits_of_the_same_photos_share_the_array(synthetic_phot
     monkeypatch.setattr(module, "decode_files", fail)
     for seed in (0, 1):
         decoded = DecodedPhotos(PREPROCESSING, filled)
-        for part in load_split(synthetic_photos, "", "test", seed, [decoded]):
+        for part in load_split(synthetic_photos, "", "test", seed, [decoded]).parts:
             with monkeypatch.context() as context:
                 context.setattr(Photos, "read", fail)
                 backwards = np.arange(len(part))[::-1]

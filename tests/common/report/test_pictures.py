@@ -12,8 +12,8 @@ from common.retrieval.protocol import Evaluation
 
 
 @pytest.fixture(scope="module")
-def split(synthetic_photos):
-    return load_split(synthetic_photos, "", "test", 0)
+def test_set(synthetic_photos):
+    return load_split(synthetic_photos, "", "test", 0).test
 
 
 def evaluation_of(queries, neighbours):
@@ -25,24 +25,31 @@ def colours(picture):
     return {tuple(colour) for colour in np.asarray(picture).reshape(-1, 3).tolist()}
 
 
-def test_frames_tell_whether_the_class_is_that_of_the_query(split):
-    gallery, queries = split
+def test_frames_tell_whether_the_class_is_that_of_the_query(test_set):
+    gallery, queries = test_set.gallery, test_set.queries
     by_class = [np.flatnonzero(gallery.labels == label)[:20] for label in (0, 1)]
     same = np.stack([by_class[label] for label in queries.labels])
     other = np.stack([by_class[1 - label] for label in queries.labels])
     correct, wrong = ImageColor.getrgb(CORRECT), ImageColor.getrgb(WRONG)
     for neighbours, shown, absent in ((same, correct, wrong), (other, wrong, correct)):
-        found = colours(draw_evaluation("x", "y", gallery, queries, evaluation_of(queries, neighbours)))
+        found = colours(draw_evaluation("x", "y", test_set, evaluation_of(queries, neighbours)))
         assert shown in found
         assert absent not in found
 
 
-def test_eight_queries_evenly_spread_have_a_row_each(split, monkeypatch):
-    gallery, queries = split
+def test_one_class_has_no_frames(synthetic_photos):
+    test = load_split(synthetic_photos, "", "test", 0, labelled=False).test
+    neighbours = np.tile(np.arange(20), (len(test.queries), 1))
+    found = colours(draw_evaluation("x", "y", test, evaluation_of(test.queries, neighbours)))
+    assert not found & {ImageColor.getrgb(CORRECT), ImageColor.getrgb(WRONG)}
+
+
+def test_eight_queries_evenly_spread_have_a_row_each(test_set, monkeypatch):
+    gallery, queries = test_set.gallery, test_set.queries
     rows = []
     monkeypatch.setattr(pictures, "draw_rows", lambda heading, subheading, found: rows.extend(found))
     neighbours = np.tile(np.arange(30, 50), (len(queries), 1))
-    draw_evaluation("x", "y", gallery, queries, evaluation_of(queries, neighbours))
+    draw_evaluation("x", "y", test_set, evaluation_of(queries, neighbours))
     assert [len(row) for row in rows] == [6] * 8
     assert [row[0].label for row in rows] == [queries.class_name(index) for index in (0, 1, 3, 4, 6, 7, 9, 11)]
     assert [tile.label for tile in rows[0][1:]] == ["1.000", "0.950", "0.900", "0.850", "0.800"]

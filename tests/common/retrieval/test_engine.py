@@ -11,15 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import siamese
 from common.config import UserError
 from common.data.decode import UnreadablePhotoError
-from common.data.photos import load_photos
-from common.data.split import load_split
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
-from common.models.preprocessing import Preprocessing
-from common.report.run import Run
 from common.retrieval import engine as module
 from common.retrieval.engine import (
     PREFERRED,
@@ -175,49 +170,6 @@ def test_what_the_run_has_embedded_is_not_embedded_again(trained, tmp_path, embe
     assert sum(embedded) == 1  # the image by which the embedder learns its dimension
 
 
-def test_a_gallery_with_a_relative_path_is_found_from_another_folder(trained, synthetic_photos, tmp_path, monkeypatch):
-    stored = Checkpoint.load(trained / "siamese.pt")
-    monkeypatch.chdir(synthetic_photos.parents[1])
-    relative = f"{synthetic_photos.parent.name}/{synthetic_photos.name}"
-    config = siamese.Config(data=relative, results=str(tmp_path), cache="none", device="cpu")
-    run = Run.begin("siamese", config, {})
-    preprocessing = Preprocessing.from_dict(stored.preprocessing)
-    checkpoint = run.new_checkpoint(load_photos(run.folder), preprocessing, stored.model)
-    checkpoint.config, checkpoint.network = stored.config, stored.network
-    checkpoint.save(run.checkpoint_path)
-    monkeypatch.chdir(tmp_path)
-    engine = load("siamese", tmp_path)
-    assert len(engine.gallery) == 108
-    assert engine.search(engine.gallery.read(5), 3).exact_duplicates == [5]
-
-
-def test_where_queries_had_a_folder_of_their_own_the_whole_folder_is_the_gallery(trained, tmp_path):
-    stored = Checkpoint.load(trained / "siamese.pt")
-    dataclasses.replace(stored, queries="/queries").save(tmp_path / "siamese.pt")
-    assert len(load("siamese", tmp_path).gallery) == 120
-
-
-@pytest.mark.parametrize("split", ["test", "validation"])
-def test_the_gallery_is_that_of_the_run(trained, synthetic_photos, tmp_path, split):
-    """Also where photos of no class lie beside the others, and where the queries were cut from the gallery."""
-    pets = Path(shutil.copytree(synthetic_photos, tmp_path / "pets"))
-    Image.new("RGB", (64, 64), "red").save(pets / "stray.jpg")
-    checkpoint = Checkpoint.load(trained / "siamese.pt")
-    config = {**checkpoint.config, "split": split}
-    dataclasses.replace(checkpoint, folder=str(pets), config=config).save(tmp_path / "siamese.pt")
-    expected, _ = load_split(pets, "", split, config["seed"])
-    gallery = load("siamese", tmp_path).gallery
-    assert gallery.paths == expected.paths
-    assert "stray.jpg" not in gallery.paths
-
-
-def test_a_gallery_that_is_gone(trained, tmp_path):
-    stored = Checkpoint.load(trained / "siamese.pt")
-    dataclasses.replace(stored, folder=str(tmp_path / "gone")).save(tmp_path / "siamese.pt")
-    with pytest.raises(UserError, match=r"the gallery of siamese\.py, .*gone, is gone: name a folder .* --index"):
-        load("siamese", tmp_path)
-
-
 # Checkpoints
 
 
@@ -226,7 +178,8 @@ def test_the_result_files_name_what_was_trained(trained):
         result = json.loads((trained / f"{approach}.json").read_text())
         embedder, checkpoint = load_embedder(approach, import_module, trained, None, "cpu")
         assert embedder.dim == result["model"]["embedding_dim"]
-        assert checkpoint.config == result["config"]
+        assert json.loads(json.dumps(checkpoint.config)) == result["config"]
+        assert checkpoint.verification == result["verification"]
         assert checkpoint.approach == approach
         assert np.isfinite(embedder.embed_images([Image.new("RGB", (10, 10))])).all()
 

@@ -112,8 +112,20 @@ def test_ranking_is_the_search_to_the_end():
     gallery, queries = rng.normal(size=(90, 8)), rng.normal(size=(11, 8))
     gallery[40] = gallery[7]
     gallery[60] = 0  # similarity 0, of either sign
-    ranking = np.concatenate([chunk for _, chunk in CosineKNN(gallery).rank(queries)])
-    assert ranking.tolist() == brute_force(gallery, queries, 90)[1].tolist()
+    for k in (1, 7, 89, 90):
+        ranking = np.concatenate([chunk for _, chunk in CosineKNN(gallery).rank(queries, k)])
+        assert ranking.tolist() == brute_force(gallery, queries, k)[1].tolist()
+
+
+def test_a_ranking_leaves_queries_out_by_their_index(monkeypatch):
+    monkeypatch.setattr(exact, "RANK_BLOCK", 200)  # a few queries at a time
+    vectors = np.random.default_rng(3).normal(size=(90, 8))
+    knn, exclude = CosineKNN(vectors), np.where(np.arange(90) % 3, np.arange(90), -1)
+    chunks = list(knn.rank(vectors, 12, exclude))
+    assert len(chunks) == 45
+    ranking = np.concatenate([chunk for _, chunk in chunks])
+    assert ranking.tolist() == knn.search(vectors, 12, exclude)[1].tolist()
+    assert (ranking[:, 0] == np.arange(90)).tolist() == (exclude < 0).tolist()
 
 
 def test_memory_stays_bounded():

@@ -57,6 +57,7 @@ def test_majority_vote_and_its_ties():
     assert metrics.majority_vote(labels, 3).tolist() == [1, 0, 2, 0]
     assert metrics.majority_vote(labels, 2).tolist() == [0, 0, 2, 1]  # ties go to the nearer
     assert metrics.majority_vote(np.array([[1, 0, 0, 1]]), 4).tolist() == [1]
+    assert metrics.majority_vote(np.array([[10**12, 7, 7]]), 3).tolist() == [7]  # however many labels there are
 
 
 relevances = (
@@ -125,3 +126,15 @@ def test_interval_of_the_mean():
     assert found["a"]["high"] == pytest.approx(values.mean() + error, abs=0.002)
     assert found["same"] == {"value": 1, "low": 1, "high": 1}
     assert metrics.with_intervals({"a": values}) == {"a": found["a"]}  # the same resamples each time
+
+
+def test_blocks_of_resamples_are_the_resamples(monkeypatch):
+    table = np.random.default_rng(0).random((3, 40))
+    whole = metrics.bootstrap_means(table, 5)
+    assert whole.shape == (3, 1000)
+    monkeypatch.setattr(metrics, "BOOTSTRAP_BLOCK", 40 * 7)
+    assert metrics.bootstrap_means(table, 5) == pytest.approx(whole)
+    monkeypatch.setattr(metrics, "BOOTSTRAP_BLOCK", 1)  # fewer than queries: one resample at a time
+    assert metrics.bootstrap_means(table, 5) == pytest.approx(whole)
+    weights = np.random.default_rng(5).multinomial(40, np.full(40, 1 / 40), 1000)  # how often each query is drawn
+    assert whole == pytest.approx(table @ weights.T / 40)

@@ -1,19 +1,31 @@
-import hashlib
+import tracemalloc
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
 
+from common.data import split as splits
 from common.data.photos import load_photos
-from common.data.split import load_split
-from common.models.embedder import Embedder
-from common.retrieval import distortions, metrics, protocol, timing
-from common.retrieval.exact import CosineKNN
-from common.retrieval.protocol import evaluate, raw_pixel_embedder, score_baselines, score_classes, score_instances
-
-CPU = torch.device("cpu")
+from common.data.split import leave_one_out, load_split
+from common.retrieval import metrics, protocol, timing
+from common.retrieval.exact import CosineKNN, normalize
+from common.retrieval.protocol import (
+    evaluate,
+    raw_pixel_embedder,
+    score_baseline,
+    score_chance,
+    score_classes,
+    score_instances,
+    score_photos,
+    with_intervals,
+)
+from common.retrieval.verification import verify
+from tests.common.retrieval.photos import labelled
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +33,20 @@ def photos(synthetic_photos):
     return load_photos(synthetic_photos)
 
 
-@pytest.fixture
-def knn(photos, embedder):
-    return CosineKNN(embedder.embed_photos(photos))
-
-
 def on_circle(*degrees):
     angles = np.radians(degrees)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
+def apart(gallery_labels, query_labels):
+    """Queries that are not in the gallery."""
+    return splits.TestSet(labelled(gallery_labels), labelled(query_labels, max(gallery_labels) + 1))
+
+
 def test_class_metrics_by_hand():
     # The gallery lies at 0, 10, 20, 30, 40 and 50 degrees; classes 0 1 0 0 1 1. One query at 1 degree, of class 0.
     knn, labels = CosineKNN(on_circle(0, 10, 20, 30, 40, 50)), np.array([0, 1, 0, 0, 1, 1])
-    found = score_classes(knn, on_circle(1), labels, np.array([0]))
+    found = score_classes(knn, on_circle(1), apart(labels, [0]))
     expected = {
         "precision@1": 1,
         "recall@1": 1 / 3,
@@ -54,115 +66,76 @@ def test_class_metrics_by_hand():
     }
 
 
-def test_the_search_gives_the_same_metrics_as_the_ranking():
+def test_what_was_searched_already_gives_the_same_metrics():
     rng = np.random.default_rng(0)
     gallery, queries = rng.normal(size=(300, 8)), rng.normal(size=(40, 8))
     labels, query_labels = rng.integers(3, size=300), rng.integers(3, size=40)
     knn = CosineKNN(gallery)
-    ranked = score_classes(knn, queries, labels, query_labels)
-    searched = score_classes(knn, queries, labels, query_labels, knn.search(queries, 100)[1])
+    test = apart(labels, query_labels)
+    ranked = score_classes(knn, queries, test)
+    searched = score_classes(knn, queries, test, knn.search(queries, 100)[1])
     assert all(np.array_equal(ranked[name], searched[name]) for name in ranked)
 
 
 def test_a_query_is_not_in_its_gallery(synthetic_photos):
-    gallery, queries = load_split(synthetic_photos, "", "test", 0)
-    assert not set(gallery.sha256) & set(queries.sha256)
-    assert len(queries) == 12
+    test = load_split(synthetic_photos, "", "test", 0).test
+    assert not set(test.gallery.sha256) & set(test.queries.sha256)
+    assert len(test.queries) == 12
 
 
-# Instance retrieval
+def test_leave_one_out_by_hand():
+    """At 0, 10, 30, 60 and 100 degrees, of classes 0 0 1 1 2: the last one is no query, but is found."""
+    places = np.array([0, 1, 2, 3])
+    embeddings = on_circle(0, 10, 30, 60, 100)
+    gallery = labelled([0, 0, 1, 1, 2])
+    test = splits.TestSet(gallery, gallery.subset(places), places)
+    found = score_classes(CosineKNN(embeddings), embeddings[places], test)
+    # neighbours: 1 2 3 4, 0 2 3 4, 1 0 3 4 (20, then 30 twice), 2 4 1 0
+    assert found["hit_rate@1"].tolist() == found["r_precision"].tolist() == [1, 1, 0, 1]
+    assert found["map@r"].tolist() == found["recall@1"].tolist() == [1, 1, 0, 1]  # R is 1: another one of the class
+    assert "precision@5" not in found  # there are four others
 
 
-def test_copies_that_nothing_distorts_find_their_original(photos, knn, embedder, monkeypatch):
-    def copy(image, rng):
-        buffer = BytesIO()
-        image.save(buffer, "PNG")
-        return buffer.getvalue()
-
-    monkeypatch.setattr(distortions, "distort", copy)
-    monkeypatch.setattr(distortions, "VERSION", "no distortion")
-    found = score_instances(knn, embedder, photos, 0)
-    assert {name: (len(values), values.mean()) for name, values in found.items()} == {
-        "instance_hit_rate@1": (120, 1),
-        "instance_hit_rate@5": (120, 1),
-        "instance_mrr": (120, 1),
-    }
-
-
-def score_copies_by_hand(photos, embeddings, embedder, seed):
-    """The rank of each original, photo by photo, in the order of the photos."""
-    ranks = []
-    for index in range(len(photos)):
-        draw = hashlib.sha256(f"disturbed 2, {seed} ".encode() + photos.sha256[index]).hexdigest()
-        image = Image.open(BytesIO(photos.read(index))).convert("RGB")
-        copy = distortions.distort(image, np.random.default_rng(int(draw[:16], 16)))
-        (embedding,) = embedder.embed_images([Image.open(BytesIO(copy))])
-        similarities = embeddings @ embedding
-        ranks.append(1 + int((similarities > similarities[index]).sum()))
-    return np.array(ranks)
+@pytest.mark.parametrize("num_classes", [5, 40])  # more relevant photos than are searched for, and fewer
+def test_leave_one_out_equals_pytorch_metric_learning(num_classes):
+    rng = np.random.default_rng(num_classes)
+    labels = np.sort(rng.integers(num_classes, size=1000))
+    embeddings = (rng.normal(size=(1000, 8)) + rng.normal(size=(num_classes, 8))[labels]).astype(np.float32)
+    gallery, everyone = labelled(labels), np.arange(1000)
+    test = splits.TestSet(gallery, gallery, everyone)
+    assert (max(np.bincount(labels)) > 101) == (num_classes == 5)
+    include = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    calculator = AccuracyCalculator(include=include, k="max_bin_count", knn_func=CustomKNN(LpDistance()))
+    vectors, targets = torch.from_numpy(normalize(embeddings)), torch.from_numpy(labels)
+    theirs = calculator.get_accuracy(vectors, targets, vectors, targets, ref_includes_query=True)
+    found = score_classes(CosineKNN(embeddings), embeddings, test)
+    assert found["hit_rate@1"].mean() == pytest.approx(theirs["precision_at_1"], abs=1e-6)
+    assert found["r_precision"].mean() == pytest.approx(theirs["r_precision"], abs=1e-6)
+    assert found["map@r"].mean() == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-6)
 
 
-def test_instance_metrics_are_those_of_the_ranks_of_the_originals(photos, embedder):
-    photos = photos.subset(np.arange(0, 120, 3))
-    exact = Embedder(embedder.network, embedder.preprocessing, CPU, 1)  # a batch of its own for each, as by hand
-    embeddings = exact.embed_photos(photos)
-    ranks = score_copies_by_hand(photos, embeddings, exact, seed=3)
-    found = score_instances(CosineKNN(embeddings), exact, photos, 3)
-    assert ranks.max() > 1
-    assert found["instance_hit_rate@1"].sum() == (ranks == 1).sum()
-    assert found["instance_hit_rate@5"].sum() == (ranks <= 5).sum()
-    assert sorted(found["instance_mrr"]) == pytest.approx(sorted(1 / ranks))
+def test_one_class_has_no_class_metrics():
+    test = splits.TestSet(labelled([0, 0, 0]), labelled([0]))
+    assert score_classes(CosineKNN(on_circle(0, 1, 2)), on_circle(1), test) == {}
+    assert score_chance(test, 0) == {}
+    assert with_intervals({}) == {}
 
 
-def test_instances_are_the_same_each_time_and_no_more_than_the_limit(photos, knn, embedder, monkeypatch):
-    monkeypatch.setattr(protocol, "NUM_INSTANCES", 20)
-    first, again = (
-        score_instances(knn, Embedder(embedder.network, embedder.preprocessing, CPU, 16), photos, 0) for _ in range(2)
-    )
-    assert all(len(values) == 20 for values in first.values())
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert (first["instance_hit_rate@1"] <= first["instance_hit_rate@5"]).all()
-    assert (first["instance_mrr"] >= first["instance_hit_rate@1"]).all()
-
-
-def test_the_cache_changes_no_instance_score(photos, knn, embedder, tmp_path, monkeypatch):
-    def new_embedder(cache):
-        return Embedder(embedder.network, embedder.preprocessing, CPU, 16, cache)
-
-    expected = score_instances(knn, new_embedder(None), photos, 0)
-    first = score_instances(knn, new_embedder(tmp_path), photos, 0)
-    warm = new_embedder(tmp_path)
-    with monkeypatch.context() as context:
-        context.setattr(warm, "embed_batch", lambda images: pytest.fail("computed again"))
-        again = score_instances(knn, warm, photos, 0)
-    for name, values in expected.items():
-        assert np.array_equal(values, first[name])
-        assert np.array_equal(values, again[name])
-    assert warm.lacks(photos.sha256).all()  # copies never pass for the photos
-
-
-@pytest.mark.parametrize("change", ["seed", "version"])
-def test_other_distortions_are_embedded_again(photos, knn, embedder, tmp_path, monkeypatch, change):
-    score_instances(knn, Embedder(embedder.network, embedder.preprocessing, CPU, 16, tmp_path), photos, 0)
-    second = Embedder(embedder.network, embedder.preprocessing, CPU, 16, tmp_path)
-    computed = []
-    embed_batch = second.embed_batch
-    monkeypatch.setattr(second, "embed_batch", lambda images: computed.append(len(images)) or embed_batch(images))
-    if change == "version":
-        monkeypatch.setattr(distortions, "VERSION", distortions.VERSION.replace("JPEG 50", "JPEG 40"))
-    score_instances(knn, second, photos, 1 if change == "seed" else 0)
-    assert sum(computed) == 120
-
-
-def test_a_byte_identical_twin_counts_as_the_original(tmp_path, synthetic_photos, embedder):
-    for name in ("a/1.jpg", "b/2.jpg", "b/3.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        source = "cat/cat.0000.jpg" if name != "b/3.jpg" else "dog/dog.0000.jpg"
-        (tmp_path / name).write_bytes((synthetic_photos / source).read_bytes())
-    photos = load_photos(tmp_path)
-    found = score_instances(CosineKNN(embedder.embed_photos(photos)), embedder, photos, 0)
-    assert found["instance_hit_rate@5"].tolist() == [1, 1, 1]
-    assert np.isin(found["instance_mrr"], (1, 1 / 2, 1 / 3)).all()
+def test_thousands_of_classes_take_little_memory():
+    """3,000 classes, 8,000 queries: classes x queries of int64 alone would be 192 MB, all similarities 256 MB."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(8000) % 3000
+    embeddings, gallery = rng.standard_normal((8000, 16), np.float32), labelled(labels)
+    test = splits.TestSet(gallery, gallery, np.arange(8000))
+    knn = CosineKNN(embeddings)
+    tracemalloc.start()
+    values = score_classes(knn, embeddings, test)
+    scores = with_intervals(values)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 170e6
+    assert values["map@r"].shape == (8000,)
+    assert scores["precision@1"]["value"] == pytest.approx(1 / 4800, abs=1e-3)  # one or two others of 7,999
 
 
 # Baselines
@@ -202,45 +175,63 @@ def test_the_raw_pixels_of_a_jpeg_are_averaged_over_boxes(photos):
 
 def test_baselines(synthetic_photos):
     raw_pixels = raw_pixel_embedder(None)
-    gallery, queries = load_split(synthetic_photos, "", "test", 0, [raw_pixels])
-    baselines = score_baselines(raw_pixels, gallery, queries, 0)
-    assert baselines["chance"]["precision@100"]["value"] == pytest.approx(0.5, abs=0.03)
+    test = load_split(synthetic_photos, "", "test", 0, [raw_pixels]).test
+    gallery, queries = test.gallery, test.queries
+    further = leave_one_out(load_photos(synthetic_photos, [raw_pixels]))
+    found = score_baseline(raw_pixels, test, {"further": further}, 0, instances=False)
+    assert score_chance(test, 0)["precision@100"].mean() == pytest.approx(0.5, abs=0.03)
     vectors = [
         np.stack([raw_pixels_by_hand(photos, index) for index in range(len(photos))]) for photos in (gallery, queries)
     ]
     nearest = np.argsort(-vectors[1] @ vectors[0].T, axis=1)[:, :5]
     expected = (gallery.labels[nearest] == queries.labels[:, None]).mean()
-    assert baselines["raw_pixels"]["precision@5"]["value"] == pytest.approx(expected)
+    assert found[""]["precision@5"].mean() == pytest.approx(expected)
+    assert [len(values["precision@5"]) for values in found.values()] == [12, 120]
+    assert not any(name.startswith("instance") for values in found.values() for name in values)
+    assert np.array_equal(found["further"]["map@r"], score_photos(raw_pixels, further)["map@r"])
 
 
-def test_the_chance_baseline_follows_the_seed(synthetic_photos):
-    raw_pixels = raw_pixel_embedder(None)
-    gallery, queries = load_split(synthetic_photos, "", "test", 0, [raw_pixels])
-    first, again, other = (score_baselines(raw_pixels, gallery, queries, seed) for seed in (0, 0, 1))
-    assert first == again
-    assert first["chance"] != other["chance"]
-    assert first["raw_pixels"] == other["raw_pixels"]
+def test_the_chance_baseline_follows_the_seed(photos):
+    test = leave_one_out(photos)
+    first, again, other = (score_chance(test, seed) for seed in (0, 0, 1))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["map@r"], other["map@r"])
+    assert first["precision@10"].mean() == pytest.approx(59 / 119, abs=0.03)  # none finds its own vector
 
 
 # All of it
 
 
+def test_scores_of_as_many_queries_share_the_resamples():
+    rng = np.random.default_rng(0)
+    few, many = rng.random(20), rng.random(50)
+    found = with_intervals({"a": many, "b": few, "c": many})
+    assert list(found) == ["a", "b", "c"]
+    assert found["a"] == found["c"] == pytest.approx(metrics.with_intervals({"a": many})["a"])
+    assert found["b"] == pytest.approx(metrics.with_intervals({"b": few})["b"])
+
+
 def test_an_evaluation_is_made_of_the_search_and_the_scores(synthetic_photos, embedder, monkeypatch):
-    monkeypatch.setattr(protocol, "NUM_INSTANCES", 20)
+    monkeypatch.setattr(protocol, "NUM_INSTANCES", 4)
     monkeypatch.setattr(timing, "LATENCY_QUERIES", 5)
-    raw_pixels = raw_pixel_embedder(None)
-    gallery, queries = load_split(synthetic_photos, "", "test", 0, [embedder, raw_pixels])
-    evaluation = evaluate(embedder, raw_pixels, gallery, queries, 0)
+    split = load_split(synthetic_photos, "", "test", 0, [embedder])
+    further = leave_one_out(load_photos(synthetic_photos).subset(np.arange(40, 80)))
+    evaluation = evaluate(embedder, split, {"further": further}, 0)
+    gallery, queries = split.test.gallery, split.test.queries
     knn, vectors = CosineKNN(embedder.embed_photos(gallery)), embedder.embed_photos(queries)
     similarities, neighbours = knn.search(vectors, 100)
     assert np.array_equal(evaluation.neighbours, neighbours)
     assert np.array_equal(evaluation.similarities, similarities)
-    class_scores = score_classes(knn, vectors, gallery.labels, queries.labels, neighbours)
-    instance_scores = score_instances(knn, embedder, gallery, 0)
-    expected = metrics.with_intervals(class_scores) | metrics.with_intervals(instance_scores)
-    assert evaluation.metrics == expected
-    assert evaluation.metrics["precision@1"]["value"] == (gallery.labels[neighbours[:, 0]] == queries.labels).mean()
-    assert evaluation.baselines == score_baselines(raw_pixels, gallery, queries, 0)
+    expected = score_classes(knn, vectors, split.test, neighbours) | score_instances(embedder, split.test, 0)
+    assert evaluation.values.keys() == {"", "further"}
+    for found, wanted in (
+        (evaluation.values[""], expected),
+        (evaluation.values["further"], score_photos(embedder, further)),
+    ):
+        assert found.keys() == wanted.keys()
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    assert evaluation.values[""]["precision@1"].mean() == (gallery.labels[neighbours[:, 0]] == queries.labels).mean()
+    assert evaluation.verification == verify(embedder, split.validation, queries)
     assert evaluation.timing.keys() == {
         "decode_photos_per_second",
         "embed_photos_per_second",
@@ -248,3 +239,14 @@ def test_an_evaluation_is_made_of_the_search_and_the_scores(synthetic_photos, em
         "search_queries_per_second",
         "query_latency_ms",
     }
+
+
+def test_no_query_of_an_evaluation_finds_itself(photos, embedder, monkeypatch):
+    monkeypatch.setattr(protocol, "NUM_INSTANCES", 4)
+    monkeypatch.setattr(timing, "LATENCY_QUERIES", 5)
+    test = leave_one_out(photos.subset(np.arange(30, 90)))
+    validation = photos.subset(np.array([], int))
+    evaluation = evaluate(embedder, splits.Split(photos, validation, test), {}, 0)
+    assert evaluation.neighbours.shape == (60, 59)
+    assert not (evaluation.neighbours == test.exclude[:, None]).any()
+    assert evaluation.verification == {}

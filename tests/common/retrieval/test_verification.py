@@ -30,6 +30,8 @@ def test_the_threshold_is_chosen_on_the_validation_photos(photos):
     found = verify(OnCircle({4: [0, 10, 40, 100], 3: [0, 50, 20]}), validation, queries)
     # cats 0 and 10, dogs 40 and 100: 10 is alone right below the threshold, the dogs' 60 beyond three negative pairs
     assert found["threshold"] == pytest.approx(2 * math.sin(math.radians(5)), abs=1e-4)
+    assert found["same_precision"] == 1
+    assert found["different_precision"] == pytest.approx(4 / 5)  # of the five pairs beyond, the dogs are one class
     # cats 0 and 50, dog 20: every pair is beyond it, so the two negative ones are decided correctly
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["roc_auc"] == 0
@@ -43,6 +45,15 @@ def test_classes_that_lie_apart_are_told_apart(photos):
     assert found["threshold"] == pytest.approx(2 * math.sin(math.radians(10)), abs=1e-4)
     assert found["accuracy"] == found["roc_auc"] == 1
     assert (found["pairs"], found["positive_fraction"]) == (10, pytest.approx(4 / 10))
+
+
+def test_where_no_pair_is_beyond_the_threshold(photos):
+    """A dog among five cats: ten pairs of cats, five mixed ones, so "of one class" is the best answer to all."""
+    validation, queries = photos.subset(np.array([0, 1, 2, 3, 4, 60])), photos.subset(np.array([2, 3, 62]))
+    found = verify(OnCircle({6: [0, 10, 45, 90, 100, 55], 3: [0, 50, 20]}), validation, queries)
+    assert found["threshold"] == pytest.approx(2 * math.sin(math.radians(50)), abs=1e-4)
+    assert found["same_precision"] == pytest.approx(10 / 15)
+    assert "different_precision" not in found  # there was no such answer
 
 
 def test_of_many_queries_some_evenly_spread_take_part(photos, monkeypatch):
