@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, synthetic_photos: Path) ->
     squeezenet = ("--backbone", "squeezenet1_1")
     for script, options in (
         ("siamese", (*squeezenet, "--negative-margin", "1.5")),
-        ("autoencoder", ("--feature-weight", "0")),
+        ("autoencoder", (*squeezenet, "--output-size", "32", "--feature-weight", "0")),
         ("cnn_feature_extraction", squeezenet),
     ):
         command = [sys.executable, str(ROOT / f"{script}.py"), *data, *size, *options]

@@ -1,4 +1,4 @@
-"""The approach without labels: what it learns from, what it rebuilds, and the script as a user runs it."""
+"""The approach without labels: what it learns from, what it reconstructs, and the script as a user runs it."""
 
 import dataclasses
 import json
@@ -7,78 +7,85 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.decomposition import PCA
 from torchvision import models
 
 import autoencoder
-from autoencoder import NO_TEACHER, Autoencoder, Config, load_teacher, reconstruct, whiten
-from common.data.photos import load_photos
+from autoencoder import Autoencoder, Config, Decoder
 from common.models.backbones import load_backbone
-from common.models.decoded import DecodedPhotos
+from common.models.pca import principal_components
 from common.report.run import Run
 
-SMALL = ("--backbone", "squeezenet1_1", "--image-size", "32", "--view-size", "32", "--width", "8", "--epochs", "2")
+SMALL = (
+    "--backbone",
+    "squeezenet1_1",
+    "--image-size",
+    "64",
+    "--view-size",
+    "48",
+    "--output-size",
+    "32",
+    "--epochs",
+    "2",
+)
+DIMS = ("--appearance-dim", "20", "--semantic-dim", "30", "--decoder-width", "8")
 
 
-def test_shapes():
-    network = Autoencoder(image_size=64, width=4, embedding_dim=10)
-    rebuilt, bottleneck = network(torch.zeros(3, 3, 48, 48))  # a view may be smaller than the photo
-    assert rebuilt.shape == (3, 3, 64, 64)
-    assert torch.equal(bottleneck, network.encoder(torch.zeros(3, 3, 48, 48)))
-    assert bottleneck.shape == (3, 10)
-    assert network.encoder(torch.zeros(3, 3, 112, 112)).shape == (3, 10)  # which can't be halved five times
+@pytest.fixture
+def network():
+    """Of an untrained squeezenet1_1 at 64 pixels: codes of 12 + 8 dimensions, reconstructions of 32 x 32."""
+    torch.manual_seed(0)
+    config = Config(appearance_dim=12, semantic_dim=8, output_size=32, decoder_width=4, appearance_weight=0.5)
+    return Autoencoder(load_backbone("squeezenet1_1", "none", 64), config).eval()
 
 
-def test_pixels_alone_need_no_weights(synthetic_photos, tmp_path):
-    config = Config(data=str(synthetic_photos), feature_weight=0.0, weights=str(tmp_path / "nowhere.pth"), cache="none")
-    assert load_teacher(Run.begin("autoencoder", config, {})) == (None, NO_TEACHER)
+def test_the_decoder_sees_the_code_alone(network):
+    photos = torch.rand(3, 3, 64, 64)
+    reconstructions, semantics = network(photos, photos, None)
+    codes = network.encoder(photos)
+    assert codes.shape == (3, 20)
+    assert torch.equal(semantics, codes[:, 12:])
+    assert torch.equal(reconstructions, network.decoder(codes))
+    assert reconstructions.shape == (3, 3, 32, 32)
+    known = torch.rand(3, 8)  # in training the semantics to learn take the place of the encoder's
+    reconstructions, semantics = network(photos[:, :, :48, :48], photos, known)
+    assert torch.equal(reconstructions, network.decoder(torch.cat([codes[:, :12], known], 1)))
+    assert torch.equal(semantics, network.encoder.semantics(photos[:, :, :48, :48]))
 
 
-def test_whitened_features_are_the_principal_components():
-    """As scikit-learn finds them, but for the sign of each, with variances v^(1 - power) that have the mean 1."""
-    rng = np.random.default_rng(0)
-    features = (rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3).astype(np.float32)
-    for power in (0.0, 0.25, 1.0):
-        pca = PCA(4).fit(features)
-        variances = pca.explained_variance_ ** (1 - power)
-        expected = pca.transform(features) / pca.explained_variance_**0.5 * (variances / variances.mean()) ** 0.5
-        expected *= (50 / 49) ** 0.5  # scikit-learn divides by N - 1
-        whitened = whiten(torch.from_numpy(features), 4, power).numpy()
-        assert np.allclose(np.abs(whitened), np.abs(expected), atol=1e-4)
-        assert np.square(whitened).mean() == pytest.approx(1, rel=1e-5)
-    assert whiten(torch.from_numpy(features), 512, 0.25).shape == (50, 6)
+def test_without_details_a_reconstruction_is_that_of_the_principal_components(network):
+    torch.manual_seed(1)
+    photos = torch.rand(40, 3, 32, 32)
+    network.init_appearance(photos)
+    network.decoder.details = torch.nn.Module()
+    network.decoder.details.forward = lambda codes: 0
+    codes = network.encoder.appearance(photos)
+    assert codes.square().sum(1).mean().sqrt() == pytest.approx(0.5, rel=1e-4)  # the weight of appearance
+    flat = photos.flatten(1)
+    mean, directions = principal_components(flat, 12, 0)
+    unit = torch.nn.functional.normalize(directions)
+    expected = mean + (flat - mean) @ unit.T @ unit
+    assert torch.allclose(network.decoder(codes).flatten(1), expected, atol=1e-4)
 
 
-def test_whitening_by_nothing_keeps_the_angles_about_the_mean():
-    features = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    centred = torch.nn.functional.normalize(features - features.mean(0))
-    whitened = torch.nn.functional.normalize(whiten(features, 5, 0.0))
-    assert torch.allclose(whitened @ whitened.T, centred @ centred.T, atol=1e-5)
+def test_semantics_start_as_whitened_principal_components(network):
+    features = torch.nn.functional.normalize(torch.randn(50, 512))
+    targets = network.init_semantics(features, 0.25)
+    mean, directions = principal_components(features, 8, 0.25)
+    assert torch.allclose(targets, (features - mean) @ directions.T, atol=1e-6)
+    assert targets.square().sum(1).mean() == pytest.approx(1, rel=1e-4)
 
 
-def test_an_all_grey_reconstruction_by_hand(synthetic_photos):
-    """Of values in [0, 1], each c: the squared error of a photo is the mean of (c - grey)^2."""
-    photos = load_photos(synthetic_photos).subset(np.arange(3))
-    preprocessing = load_backbone("squeezenet1_1", "none", 32, whole_photo=True).preprocessing
-
-    class Grey(torch.nn.Module):
-        def forward(self, images):
-            return torch.zeros_like(images), None  # the mean colour that the input is normalised by
-
-    scores, picture = reconstruct(Grey(), DecodedPhotos(preprocessing, None), photos, torch.device("cpu"))
-    images = [preprocessing.decode(photos.read(index)) for index in range(3)]
-    pixels = [preprocessing.resize_crop(image) / 255 for image in images]
-    errors = [np.square(each - preprocessing.mean).mean() for each in pixels]
-    assert scores["mse"] == pytest.approx(np.mean(errors), rel=1e-5)
-    assert scores["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-5)
-    assert picture.size == (3 * 32, 2 * 32)
+def test_appearance_is_not_trained():
+    trained = {name for name, each in Decoder(12, 8, 32, 4).named_parameters() if each.requires_grad}
+    assert trained
+    assert not any(name.startswith("pixels") for name in trained)
 
 
 def test_training_never_sees_the_labels(synthetic_photos, tmp_path, monkeypatch):
     """With the classes exchanged at random between gallery photos, the very same network comes out."""
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "frozen.pth")
     states = []
-    load_photos, train = Run.load_photos, autoencoder.train
+    load_photos, train = Run.load_photos, Run.train
 
     def relabelled(self, *consumers):
         split = load_photos(self, *consumers)
@@ -88,15 +95,15 @@ def test_training_never_sees_the_labels(synthetic_photos, tmp_path, monkeypatch)
     class TrainedError(Exception):
         pass
 
-    def train_and_stop(network, *arguments):
-        train(network, *arguments)
+    def train_and_stop(self, network, *arguments):
+        train(self, network, *arguments)
         states.append(network.state_dict())
         raise TrainedError
 
     monkeypatch.setattr(Run, "load_photos", relabelled)
-    monkeypatch.setattr(autoencoder, "train", train_and_stop)
+    monkeypatch.setattr(Run, "train", train_and_stop)
     for turn in range(2):
-        small = {"backbone": "squeezenet1_1", "image_size": 32, "view_size": 32, "width": 8, "epochs": 1}
+        small = {"backbone": "squeezenet1_1", "image_size": 64, "view_size": 48, "output_size": 32, "epochs": 1}
         places = {
             "data": str(synthetic_photos),
             "weights": str(tmp_path / "frozen.pth"),
@@ -109,33 +116,41 @@ def test_training_never_sees_the_labels(synthetic_photos, tmp_path, monkeypatch)
 
 
 def test_a_run(run_script, synthetic_photos, tmp_path):
+    torch.manual_seed(0)
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "frozen.pth")
-    ended = run_script(
-        "autoencoder.py", "--data", str(synthetic_photos), "--weights", "frozen.pth", *SMALL, "--batch-size", "9"
-    )
+    ended = run_script("autoencoder.py", "--data", str(synthetic_photos), "--weights", "frozen.pth", *SMALL, *DIMS)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
-    assert set(result["history"][0]) >= {"pixels", "features"}
-    for part in ("pixels", "features"):
-        assert result["history"][1][part] < result["history"][0][part]
-    assert 0 < result["reconstruction"]["mse"] < 1
+    assert set(result["history"][0]) >= {"pixels", "structure", "features"}
+    assert result["history"][1]["features"] < result["history"][0]["features"]
+    reconstruction = result["reconstruction"]
+    assert reconstruction["dimensions"] == 50
+    for prefix in ("", "pca_"):
+        assert 0 < reconstruction[f"{prefix}mse"] < 1
+        assert 0 < reconstruction[f"{prefix}psnr"] < 60
     assert result["baselines"].keys() == {"pretrained", "raw_pixels", "chance"}
     assert result["baselines"]["pretrained"].keys() == result["metrics"].keys()
-    assert result["model"]["embedding_dim"] == 512
+    assert result["model"]["embedding_dim"] == 50
     assert result["model"]["weights"].startswith("frozen.pth, sha256 ")
-    assert Image.open(tmp_path / "results" / "autoencoder.reconstructions.png").size == (12 * 32, 2 * 32)
+    with Image.open(tmp_path / "results" / "autoencoder.reconstructions.png") as picture:
+        assert picture.width > 10 * 128
+    found = run_script("search.py", str(next(synthetic_photos.rglob("*.jpg"))))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("   5  ") == 1
 
 
-def test_without_weights_the_pixels_alone_teach(run_script, synthetic_photos, tmp_path):
-    ended = run_script("autoencoder.py", "--data", str(synthetic_photos), *SMALL)
+def test_pixels_alone(run_script, synthetic_photos, tmp_path):
+    """No weights are loaded, even if some are named; with classes or without them."""
+    alone = ("--feature-weight", "0", "--weights", "nowhere.pth", "--no-labelled")
+    ended = run_script("autoencoder.py", "--data", str(synthetic_photos), *SMALL, *DIMS, *alone)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
     assert "features" not in result["history"][0]
-    assert result["model"]["weights"] == "none (pixels alone)"
-    assert "UNTRAINED WEIGHTS" in ended.stdout
+    assert result["model"]["weights"] == "none (untrained)"
+    assert all(name.startswith("instance_") for name in result["metrics"])
 
 
-def test_a_size_that_cannot_be_halved(run_script, synthetic_photos):
-    ended = run_script("autoencoder.py", "--data", str(synthetic_photos), "--image-size", "100")
+def test_a_size_that_the_decoder_cannot_make(run_script, synthetic_photos):
+    ended = run_script("autoencoder.py", "--data", str(synthetic_photos), "--output-size", "100")
     assert ended.returncode == 2
-    assert "image_size is 100: give a multiple of 16" in ended.stderr
+    assert "output_size is 100: give a multiple of 8" in ended.stderr

@@ -5,19 +5,15 @@ import math
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from common.data.photos import load_photos
 from common.data.split import load_split
-from common.models.backbones import Backbone
 from common.models.checkpoint import Checkpoint
-from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
-from siamese import ClassPairSampler, SiameseNetwork, contrastive_loss, from_checkpoint
+from siamese import contrastive_loss, from_checkpoint
 from tests.conftest import ROOT
 
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--view-size", "48", "--epochs", "2")
@@ -67,53 +63,6 @@ def test_contrastive_loss_of_equal_photos_has_a_gradient():
     embeddings = torch.ones(3, 2, requires_grad=True)
     contrastive_loss(functional.normalize(embeddings), torch.tensor([0, 0, 1]), 0.0, 1.0, "mean").backward()
     assert embeddings.grad.isfinite().all()
-
-
-def test_a_sampler_pairs_photos_of_a_class():
-    labels = np.array([0] * 8 + [1] * 4 + [2] * 2)
-    order = ClassPairSampler(labels).epoch(np.random.default_rng(0))
-    assert sorted(order) == list(range(14))
-    pairs = labels[order].reshape(-1, 2)
-    assert (pairs[:, 0] == pairs[:, 1]).all()
-    assert (order != ClassPairSampler(labels).epoch(np.random.default_rng(1))).any()
-
-
-def test_photos_that_classes_leave_over_are_spread_over_the_epoch():
-    """30 classes of 9 photos: 30 are left over, which would fill the last batches of 8 without a positive pair."""
-    labels = np.repeat(np.arange(30), 9)
-    for seed in range(10):
-        order = ClassPairSampler(labels).epoch(np.random.default_rng(seed))
-        assert sorted(order) == list(range(270))
-        batches = labels[order][: 270 // 8 * 8].reshape(-1, 8)
-        assert all(len(np.unique(batch)) < 8 for batch in batches)
-
-
-def test_two_photos_of_each_of_many_classes_are_all_paired():
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5000), 2))
-    pairs = labels[ClassPairSampler(labels).epoch(np.random.default_rng(0))].reshape(-1, 2)
-    assert (pairs[:, 0] == pairs[:, 1]).all()
-    assert sorted(pairs[:, 0]) == list(range(5000))
-
-
-def test_a_class_of_one_photo_and_an_odd_number_of_photos():
-    labels = np.array([0] * 7 + [1] * 4 + [2, 3])
-    order = ClassPairSampler(labels).epoch(np.random.default_rng(0))
-    assert sorted(order) == list(range(13))
-    pairs = labels[order][:12].reshape(-1, 2)
-    assert (pairs[:, 0] == pairs[:, 1]).sum() == 5
-
-
-def test_the_projection_is_orthogonal_about_the_mean_feature(synthetic_photos, embedder):
-    photos = load_photos(synthetic_photos).subset(np.arange(5))
-    images = DecodedPhotos(embedder.preprocessing, None).load_sample(photos, 5)
-    network = SiameseNetwork(Backbone(embedder.network, embedder.preprocessing, "none", 512), 512)
-    network.center_projection(images, embedder.preprocessing)
-    batch = embedder.preprocessing.normalize(torch.from_numpy(images))
-    with torch.inference_mode():
-        features, projected = embedder.network(batch), network(batch)
-    assert torch.allclose(projected.mean(0), torch.zeros(512), atol=1e-5)
-    centered = features - features.mean(0)
-    assert torch.allclose(projected @ projected.T, centered @ centered.T, atol=1e-4)
 
 
 def read(folder):

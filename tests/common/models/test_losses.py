@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.models.losses import info_nce, similarity_distillation, unsupervised_losses
+from common.models.losses import info_nce, similarity_distillation, structural_similarity, unsupervised_losses
 
 
 def test_info_nce_by_hand():
@@ -61,3 +61,16 @@ def test_the_terms_that_need_no_classes():
     assert unsupervised_losses(views, None, config).keys() == {"view_pairs"}
     config.view_weight = config.distillation_weight = 0
     assert unsupervised_losses(views, targets, config) == {}
+
+
+def test_structural_similarity():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 7, 7, dtype=torch.float64)  # a single window
+    assert structural_similarity(image, image).item() == pytest.approx(1)
+    other = torch.rand(1, 3, 7, 7, dtype=torch.float64)
+    expected = 0.0
+    for first, second in zip(image[0].numpy(), other[0].numpy(), strict=True):
+        covariance = ((first - first.mean()) * (second - second.mean())).mean()
+        luminance = (2 * first.mean() * second.mean() + 1e-4) / (first.mean() ** 2 + second.mean() ** 2 + 1e-4)
+        expected += luminance * (2 * covariance + 9e-4) / (first.var() + second.var() + 9e-4) / 3
+    assert structural_similarity(image, other).item() == pytest.approx(expected)
