@@ -201,7 +201,7 @@ def test_a_run_opens_each_photo_once_and_embeds_it_once(synthetic_photos, tmp_pa
         assert sum(embedded) == expected
     counting = False
     names = {path.name.removeprefix("cnn_feature_extraction") for path in (tmp_path / "results").iterdir()}
-    assert names == {".json", ".neighbours.csv", ".per_query.npz", ".png"}
+    assert names == {".json", ".neighbours.csv", ".per_query.npz", ".png", ".pt"}
     assert {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()} == {".npy", ".txt"}
 
 
