@@ -19,7 +19,7 @@ pixels alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +33,8 @@ from common.models.augment import random_views
 from common.models.backbones import Backbone, load_backbone, rebuild_backbone, require_view_size
 from common.models.checkpoint import Checkpoint, strip_prefix
 from common.models.decoded import DecodedPhotos
-from common.models.layers import ForceFloat32, conv3x3
+from common.models.heads import FeatureHead
+from common.models.layers import ResidualBlock, conv3x3
 from common.models.losses import structural_similarity
 from common.models.pca import principal_components
 from common.models.preprocessing import Preprocessing, shrink
@@ -89,8 +90,7 @@ class Encoder(nn.Module):
         self.appearance_weight = appearance_weight
         self.pixels = nn.Linear(3 * SMALL**2, appearance_dim).requires_grad_(False)
         self.backbone = backbone.network
-        self.linear = nn.Linear(backbone.feature_dim, semantic_dim)
-        self.features = ForceFloat32(self.linear)
+        self.features = FeatureHead(backbone.feature_dim, semantic_dim)
 
     def appearance(self, images: torch.Tensor) -> torch.Tensor:
         """Bx3xSxS -> float32 BxA"""
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
 
     def semantics(self, images: torch.Tensor) -> torch.Tensor:
         """Bx3xSxS -> float32 BxD"""
-        return self.features(functional.normalize(self.backbone(images).float()))
+        return self.features(self.backbone(images))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Bx3xSxS -> float32 Bx(A+D)"""
@@ -107,23 +107,27 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A code -> the photo: that of its principal components, and details that convolutions add from the whole code."""
+    """A code -> the photo: that of its principal components, refined by convolutions that see the whole code."""
 
     def __init__(self, appearance_dim: int, semantic_dim: int, size: int, width: int) -> None:
         super().__init__()
-        self.size, self.appearance_dim = size, appearance_dim
+        self.size, self.appearance_dim, maps = size, appearance_dim, size // UPSAMPLING
         self.pixels = nn.Linear(appearance_dim, 3 * SMALL**2).requires_grad_(False)
-        self.details = nn.Sequential(
-            nn.Linear(appearance_dim + semantic_dim, width * (size // UPSAMPLING) ** 2),
-            nn.Unflatten(1, (width, size // UPSAMPLING, size // UPSAMPLING)),
-            *(conv3x3(width, width), nn.Upsample(scale_factor=2), conv3x3(width, width)),
-            *(nn.Upsample(scale_factor=2), nn.Conv2d(width, 3 * 2**2, 3, padding=1), nn.PixelShuffle(2)),
+        self.context = nn.Sequential(
+            *(nn.Linear(appearance_dim + semantic_dim, width * maps**2), nn.Unflatten(1, (width, maps, maps))),
+            nn.Upsample(scale_factor=2),
+        )
+        self.refine = nn.Sequential(
+            *(conv3x3(width + 3 * 4**2, width), ResidualBlock(width, width, 1), ResidualBlock(width, width, 1)),
+            *(nn.Conv2d(width, 3 * 4**2, 3, padding=1), nn.PixelShuffle(4)),  # Shi et al. 2016
         )
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """Bx(A+D) -> Bx3xSxS, normalized as the encoder's input is"""
         small = self.pixels(codes[:, : self.appearance_dim]).view(-1, 3, SMALL, SMALL)
-        return functional.interpolate(small, self.size, mode="bicubic", align_corners=False) + self.details(codes)
+        rough = functional.interpolate(small, self.size, mode="bicubic", align_corners=False)
+        maps = torch.cat([functional.pixel_unshuffle(rough, 4), self.context(codes)], 1)
+        return rough + self.refine(maps)
 
 
 class Autoencoder(nn.Module):
@@ -156,26 +160,16 @@ class Autoencoder(nn.Module):
         decoder.weight.copy_(directions.T / directions[0].square().sum() / self.encoder.appearance_weight)
         decoder.bias.copy_(mean)
 
-    @torch.no_grad()
-    def init_semantics(self, features: torch.Tensor, whitening: float) -> torch.Tensor:
-        """Makes the linear map of features NxF that of their whitened principal components; returns these, NxD."""
-        linear = self.encoder.linear
-        mean, directions = principal_components(features, linear.out_features, whitening)
-        linear.weight.copy_(directions)
-        linear.bias.copy_(-directions @ mean)
-        return linear(features)
-
 
 def training_step(
     network: Callable,
     batch: Batch,
     config: Config,
     preprocessing: Preprocessing,
-    size: int,
     targets: torch.Tensor | None,  # NxD, the semantics of the training photos
 ) -> Losses:
-    """The losses of a batch: the whole photo is reconstructed, a view of it of `size` x `size` pixels is recognized."""
-    views = preprocessing.normalize(random_views(batch.images, config.min_crop_area, size))
+    """The losses of a batch: the whole photo is reconstructed, a view of it recognized."""
+    views = preprocessing.normalize(random_views(batch.images, config.min_crop_area, config.view_size))
     photos = preprocessing.normalize(batch.images.float())
     wanted = None if targets is None else targets[batch.indices]
     reconstructions, semantics = network(views, photos, wanted)
@@ -207,6 +201,7 @@ def main(config: Config) -> Path:
     shape = config.image_size, config.pooling, config.whole_photo
     weights = config.weights if config.feature_weight else "none"
     backbone = load_backbone(config.backbone, weights, *shape, untrained_if_missing=run.is_synthetic)
+    config = replace(config, view_size=require_view_size(backbone, config.view_size))
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded)
@@ -217,10 +212,9 @@ def main(config: Config) -> Path:
     if backbone.weights != UNTRAINED:
         run.measure_baseline("pretrained", frozen, split)
         features = torch.from_numpy(frozen.embed_photos(split.train, "features to match"))
-        targets = network.init_semantics(features, config.whitening).to(run.device)
+        targets = network.encoder.features.init_principal(features, config.whitening).to(run.device)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = require_view_size(network.encoder.backbone, config.view_size, backbone.preprocessing)
-    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, size=size, targets=targets)
+    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, targets=targets)
     model = {"backbone": config.backbone, "weights": backbone.weights}
     history = run.train(network, step, split.train, decoded, model)
 

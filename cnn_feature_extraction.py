@@ -16,7 +16,7 @@ results/reference/cnn_feature_extraction.json).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -27,14 +27,15 @@ from torch.nn import functional
 
 from common.config import Range, RunConfig, UserError, run_script
 from common.models.augment import random_views
-from common.models.backbones import Backbone, load_backbone, rebuild_backbone, require_view_size
+from common.models.backbones import load_backbone, rebuild_backbone, require_view_size
 from common.models.checkpoint import Checkpoint, strip_prefix
 from common.models.decoded import DecodedPhotos
-from common.models.layers import ForceFloat32
+from common.models.heads import TwoHeadedNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.training import Batch, Losses
-from common.report.run import Run, Task
+from common.models.weights import UNTRAINED
+from common.report.run import Run
 
 SYNTHETIC_OVERRIDES = {"image_size": (0, 96), "view_size": (160, 64)}  # (default, quick run)
 
@@ -50,21 +51,23 @@ class Config(RunConfig):
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
 
+    class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
+    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that keeps what the labels don't name
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: one head for all
+
     # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
     scale: Annotated[float, Range(0.1, 1000)] = 16.0  # of the cosines, an inverse temperature: larger is sharper
     view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
-
-    # Distillation: photos that are near each other for the pre-trained network are to stay so
-    distillation_weight: Annotated[float, Range(0, 1e6)] = 1.0  # 0: none
-    distillation_temperature: Annotated[float, Range(0.001, 10)] = 0.1  # a lower one looks at nearer neighbours alone
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping the pre-trained features; 0: they may be lost
+    whitening: Annotated[float, Range(0, 1)] = 0.25  # of these features: how far their variances are made equal
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
     epochs: Annotated[int, Range(0, 100_000)] = 1  # passes over the gallery; 0: pre-trained features
     batch_size: Annotated[int, Range(2, 65_536)] = 32  # photos per step
-    learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
+    learning_rate: Annotated[float, Range(1e-9, 10)] = 2e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
 
@@ -79,43 +82,45 @@ class CosineClassifier(nn.Module):
         self.scale = scale
         self.directions = nn.Parameter(torch.randn(num_classes, feature_dim))
 
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 BxC -> (unit vectors BxC, logits BxK)"""
-        embeddings = functional.normalize(features)
-        return embeddings, self.scale * embeddings @ functional.normalize(self.directions).T
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Unit vectors, float32 BxC -> logits BxK"""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.scale * embeddings @ functional.normalize(self.directions).T
 
 
 class FineTunedCNN(nn.Module):
-    """A backbone with a classifier, which is discarded after training."""
+    """An embedding network with a classifier, which is discarded after training."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, scale: float) -> None:
+    def __init__(self, network: TwoHeadedNetwork, num_classes: int, scale: float) -> None:
         super().__init__()
-        self.backbone = backbone.network
-        self.classifier = ForceFloat32(CosineClassifier(backbone.feature_dim, num_classes, scale))
+        self.network = network
+        self.classifier = CosineClassifier(network.class_head.linear.out_features, num_classes, scale)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bx3xSxS -> (embeddings BxC, logits BxK)"""
-        return self.classifier(self.backbone(images))
+        """Bx3xSxS -> (details BxD, logits BxK)"""
+        classes, details = self.network.split(self.network(images))
+        return details, self.classifier(classes)
 
 
 def training_step(
-    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, size: int, task: Task
+    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, targets: torch.Tensor | None
 ) -> Losses:
-    """The losses of a batch, from views of `size` x `size` pixels."""
+    """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
-    views = torch.cat([random_views(batch.images, config.min_crop_area, size) for _ in range(num_views)])
-    embeddings, logits = network(preprocessing.normalize(views))  # VBxC, VBxK
-    targets = None if task.targets is None else task.targets[batch.indices]
-    losses = unsupervised_losses(embeddings, targets, config)
+    views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
+    details, logits = network(preprocessing.normalize(torch.cat(views)))  # VBxD, VBxK
+    losses = unsupervised_losses(details, None if targets is None else targets[batch.indices], config)
     losses["cross_entropy"] = functional.cross_entropy(logits, batch.labels.repeat(num_views))
     return losses
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
-    """The trained network without its classifier: Bx3xSxS -> BxC."""
-    network = rebuild_backbone(checkpoint.config, checkpoint.model["weights"]).network
-    network.load_state_dict(strip_prefix("backbone.", checkpoint.network))
-    return network
+    """The network that embeds: Bx3xSxS -> BxD, the pre-trained features if it was not trained."""
+    config, state = checkpoint.config, strip_prefix("network.", checkpoint.network)
+    backbone = rebuild_backbone(config, checkpoint.model["weights"])
+    network = TwoHeadedNetwork(backbone, config["class_dim"], config["detail_dim"], config["detail_weight"])
+    network.load_state_dict(state)
+    return network if config["epochs"] else network.backbone
 
 
 def main(config: Config) -> Path:
@@ -124,6 +129,8 @@ def main(config: Config) -> Path:
     config = run.config
     shape = config.image_size, config.pooling, config.whole_photo
     backbone = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing=run.is_synthetic)
+    if config.epochs:
+        config = replace(config, view_size=require_view_size(backbone, config.view_size))
     decoded = DecodedPhotos(backbone.preprocessing, run.cache if config.epochs else None)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded if config.epochs else frozen)  # filled as the files are read
@@ -134,12 +141,15 @@ def main(config: Config) -> Path:
         )
     task = run.prepare_training(frozen, backbone.weights, split, views_alone=True)
 
-    network = FineTunedCNN(backbone, len(split.train.classes), config.scale).to(run.device)
-    size = require_view_size(backbone.network, config.view_size, backbone.preprocessing)
-    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, size=size, task=task)
+    embedding_network = TwoHeadedNetwork(backbone, config.class_dim, config.detail_dim, config.detail_weight)
+    targets = embedding_network.init_heads(task.features, config.whitening).to(run.device)
+    network = FineTunedCNN(embedding_network, len(split.train.classes), config.scale)
+    network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    keep = None if backbone.weights == UNTRAINED else targets
+    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, targets=keep)
     model = {"backbone": config.backbone, "weights": backbone.weights}
     history = run.train(network, step, split.train, decoded, model)
-    embedder = run.embedder(backbone.network, decoded) if history else frozen  # training has changed the network
+    embedder = run.embedder(embedding_network, decoded) if history else frozen
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 
 

@@ -11,7 +11,7 @@ near each other for the pre-trained network stay so (distillation).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,16 +25,16 @@ from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
+from common.models.heads import TwoHeadedNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
-from common.models.projection import ProjectedNetwork
 from common.models.samplers import PKSampler
 from common.models.training import Batch, Losses
+from common.models.weights import UNTRAINED
 from common.report.run import Run, Task
 
-CENTER_PHOTOS = 256  # photos used to center the projection
 PHOTOS_PER_CLASS = 4  # of a class together in a batch, at least, where the class has them
-SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (7, 5)}  # (default, quick run)
+SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (5, 5)}  # (default, quick run)
 
 
 @dataclass
@@ -47,26 +47,26 @@ class Config(RunConfig):
     image_size: Annotated[int, Range(0, 4096)] = 224  # pixels, square; 0: what the weights were trained with
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
-    embedding_dim: Annotated[int, Range(1, 65_536)] = 256  # of the linear projection
+    class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
+    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that keeps what the labels don't name
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: one head for all
 
     # Triplet loss; Euclidean distances between unit vectors, in [0, 2]
     margin: Annotated[float, Range(0, 2)] = 0.2  # by which an anchor is to be nearer to its positive than its negative
     mining: Literal["batch_hard", "semi_hard", "batch_all"] = "semi_hard"  # which triplets of a batch count
     view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
-
-    # Distillation: photos that are near each other for the pre-trained network are to stay so
-    distillation_weight: Annotated[float, Range(0, 1e6)] = 1.0  # 0: none
-    distillation_temperature: Annotated[float, Range(0.001, 10)] = 0.1  # a lower one looks at nearer neighbours alone
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping the pre-trained features; 0: they may be lost
+    whitening: Annotated[float, Range(0, 1)] = 0.25  # of these features: how far their variances are made equal
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 7  # passes over the training photos
+    epochs: Annotated[int, Range(0, 100_000)] = 5  # passes over the training photos
     batch_size: Annotated[int, Range(2, 65_536)] = (
         64  # photos per step; the contrastive loss is over every pair of their views
     )
-    learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
+    learning_rate: Annotated[float, Range(1e-9, 10)] = 2e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
 
@@ -112,45 +112,45 @@ def triplet_loss(embeddings: torch.Tensor, labels: torch.Tensor, margin: float, 
 
 
 def training_step(
-    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, size: int, task: Task
+    network: Callable, batch: Batch, config: Config, heads: TwoHeadedNetwork, preprocessing: Preprocessing, task: Task
 ) -> Losses:
-    """The losses of a batch, from views of `size` x `size` pixels."""
+    """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
-    views = torch.cat([random_views(batch.images, config.min_crop_area, size) for _ in range(num_views)])
-    embeddings = functional.normalize(network(preprocessing.normalize(views)))  # VBxD
+    views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
+    classes, details = heads.split(network(preprocessing.normalize(torch.cat(views))))  # VBxC, VBxD
     targets = None if task.targets is None else task.targets[batch.indices]
-    losses = unsupervised_losses(embeddings, targets, config)
+    losses = unsupervised_losses(details, targets, config)
     if task.has_classes:
         labels = batch.labels.repeat(num_views)
-        losses["triplets"] = triplet_loss(embeddings, labels, config.margin, config.mining)
+        losses["triplets"] = triplet_loss(classes, labels, config.margin, config.mining)
     return losses
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     """The trained network: Bx3xSxS -> BxD."""
-    return ProjectedNetwork.from_checkpoint(checkpoint)
+    return TwoHeadedNetwork.from_checkpoint(checkpoint)
 
 
 def main(config: Config) -> Path:
-    """Trains on triplets, embeds the photos, searches, scores; returns the path of the result file."""
+    """Trains, embeds the photos, searches, scores; returns the path of the result file."""
     run = Run.begin("triplet", config, SYNTHETIC_OVERRIDES)
     config = run.config
     shape = config.image_size, config.pooling, config.whole_photo
     backbone = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing=run.is_synthetic)
+    config = replace(config, view_size=require_view_size(backbone, config.view_size))
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded)
     task = run.prepare_training(frozen, backbone.weights, split, views_alone=config.view_weight > 0)
 
-    network = ProjectedNetwork(backbone, config.embedding_dim)
-    network.init_projection(decoded.load_sample(split.train, CENTER_PHOTOS), backbone.preprocessing)
+    network = TwoHeadedNetwork(backbone, config.class_dim, config.detail_dim, config.detail_weight)
+    targets = network.init_heads(task.features, config.whitening)
+    if backbone.weights != UNTRAINED:
+        task = task._replace(targets=targets.to(run.device))
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = require_view_size(network, config.view_size, backbone.preprocessing)
-    step = partial(training_step, config=config, preprocessing=backbone.preprocessing, size=size, task=task)
+    step = partial(training_step, config=config, heads=network, preprocessing=backbone.preprocessing, task=task)
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    history = run.train(
-        network, step, split.train, decoded, model, PKSampler(split.train.labels, photos_per_class=PHOTOS_PER_CLASS)
-    )
+    history = run.train(network, step, split.train, decoded, model, PKSampler(split.train.labels, PHOTOS_PER_CLASS))
     embedder = run.embedder(network, decoded)
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 

@@ -88,20 +88,19 @@ def output_dim(network: nn.Module, size: int, complaint: str, hyperparameter: st
     try:
         with torch.inference_mode():
             device = next(network.parameters()).device
-            output = network(torch.zeros(1, 3, size, size, device=device))
-            return int((output[0] if isinstance(output, tuple) else output).shape[1])
+            return int(network(torch.zeros(1, 3, size, size, device=device)).shape[1])
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         message = f"{complaint} of {size} x {size} pixels ({first_line(error)}): change {hyperparameter}"
         raise UserError(message) from error
 
 
-def require_view_size(network: nn.Module, view_size: int, preprocessing: Preprocessing) -> int:
+def require_view_size(backbone: Backbone, view_size: int) -> int:
     """The side in pixels of the views to train on: at most that of the photos, which 0 stands for.
 
-    Raises `UserError` if `network` can't take views of that size.
+    Raises `UserError` if the backbone can't take views of that size.
     """
-    size = min(view_size or preprocessing.crop, preprocessing.crop)
-    output_dim(network.eval(), size, "the network can't take views", "view_size")
+    size = min(view_size or backbone.preprocessing.crop, backbone.preprocessing.crop)
+    output_dim(backbone.network, size, "the network can't take views", "view_size")
     return size
 
 

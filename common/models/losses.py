@@ -16,47 +16,32 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> t
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def similarity_distillation(embeddings: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """How much the neighbours of each embedding in the batch differ from those of its target: a mean KL divergence.
-
-    The similarities of each row to all others become probabilities by a softmax, as in SEED (Fang et al. 2021) and
-    relational distillation (Park et al. 2019; Tung and Mori 2019): what counts is who is near whom, not where. So a
-    network keeps the neighbourhoods that it had before training, while its embeddings move.
-
-    `embeddings`: float [B, D], unit vectors; `targets`: the same of the network to follow, float [B, C].
-    """
-    itself = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
-    student, teacher = (
-        (each @ each.T / temperature).masked_fill(itself, -1e4).log_softmax(1) for each in (embeddings, targets)
-    )
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 class UnsupervisedConfig(Protocol):
     """The hyperparameters of `unsupervised_losses`."""
 
     view_weight: float
     temperature: float
-    distillation_weight: float
-    distillation_temperature: float
+    feature_weight: float
 
 
 def unsupervised_losses(
-    embeddings: torch.Tensor, targets: torch.Tensor | None, config: UnsupervisedConfig
+    details: torch.Tensor, targets: torch.Tensor | None, config: UnsupervisedConfig
 ) -> dict[str, torch.Tensor]:
-    """The terms that need no classes: two views of a photo find each other, and photos keep their neighbours.
+    """The terms that need no classes: two views of a photo find each other, and a view keeps the photo's features.
 
-    `embeddings`: float [V * B, D], unit vectors of V views of B photos, the first view of all, then the second.
-    `targets`: float [B, C], unit vectors of the pre-trained network; None if there is none.
+    The second is the squared distance from what the pre-trained network makes of the whole photo (Romero et al. 2015,
+    FitNets): what labels don't name, such as breeds, stays apart.
+
+    `details`: float [V * B, D], unit vectors of V views of B photos, the first view of all, then the second. `targets`:
+    float [B, D], unit vectors; None if there is no pre-trained network.
     """
     losses = {}
     if config.view_weight:
-        first, second = embeddings.chunk(2)
+        first, second = details.chunk(2)
         losses["view_pairs"] = config.view_weight * info_nce(first, second, config.temperature)
-    if targets is not None and config.distillation_weight:
-        repeated = targets.repeat(len(embeddings) // len(targets), 1)
-        distillation = similarity_distillation(embeddings, repeated, config.distillation_temperature)
-        losses["distillation"] = config.distillation_weight * distillation
+    if targets is not None and config.feature_weight:
+        distances = (details - targets.repeat(len(details) // len(targets), 1)).square().sum(1)
+        losses["features"] = config.feature_weight * distances.mean()
     return losses
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional
 
 from common.config import RunConfig, UserError, apply_overrides, hyperparameters
 from common.data.photos import FileConsumer, Photos, load_photos
@@ -42,13 +41,15 @@ from common.retrieval.protocol import (
 from common.storage import atomic_write
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+SAMPLE = 256  # photos from whose features untrained heads start
 
 
 class Task(NamedTuple):
     """What there is to learn from beside the photos themselves; see `Run.prepare_training`."""
 
     has_classes: bool
-    targets: torch.Tensor | None  # float32 [N, C], unit vectors: what a pre-trained network makes of the N photos
+    features: torch.Tensor  # float32 [M, C], unit vectors: what the backbone makes of photos before training
+    targets: torch.Tensor | None = None  # float32 [N, D], what it is to keep of each of the N training photos
 
 
 @dataclass
@@ -109,11 +110,11 @@ class Run(Generic[ConfigT]):
         self.baselines[name] = score_baseline(embedder, split.test, self.also, self.config.seed)
 
     def prepare_training(self, frozen: Embedder, weights: str, split: Split, views_alone: bool) -> Task:
-        """Scores the backbone as it is, before training changes it, and keeps its features as targets.
+        """Scores the backbone as it is, before training changes it, and keeps its features of the training photos.
 
-        The features are taken about their mean: they are positive, so the angles between them are small. `weights`:
-        those of the backbone; there are no targets if it is untrained. `views_alone`: whether the approach can train
-        without classes. Raises `UserError` if it can't and there is one class only.
+        Of an untrained backbone there is nothing to score, and the features of `SAMPLE` photos are enough. `weights`:
+        those of the backbone. `views_alone`: whether the approach can train without classes. Raises `UserError` if it
+        can't and there is one class only.
         """
         has_classes = len(split.train.classes) > 1
         if not (has_classes or views_alone):
@@ -121,11 +122,12 @@ class Run(Generic[ConfigT]):
                 f"{self.folder} has one class only, and view_weight is 0: there is nothing to learn. Use photos of two "
                 "classes or more, or pairs of views"
             )
+        photos = split.train
         if weights == UNTRAINED:
-            return Task(has_classes, None)
-        self.measure_baseline("pretrained", frozen, split)
-        features = torch.from_numpy(frozen.embed_photos(split.train, "pre-trained features"))
-        return Task(has_classes, functional.normalize(features - features.mean(0)).to(self.device))
+            photos = photos.subset(np.unique(np.linspace(0, len(photos) - 1, SAMPLE).astype(int)))
+        else:
+            self.measure_baseline("pretrained", frozen, split)
+        return Task(has_classes, torch.from_numpy(frozen.embed_photos(photos, "features before training")))
 
     def train(
         self,

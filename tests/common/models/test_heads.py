@@ -1,10 +1,10 @@
 import numpy as np
 import torch
+from common.models.projection import ProjectedNetwork
 
 from common.data.photos import load_photos
 from common.models.backbones import Backbone
 from common.models.decoded import DecodedPhotos
-from common.models.projection import ProjectedNetwork
 
 
 def test_the_projection_is_orthogonal_about_the_mean_feature(synthetic_photos, embedder):
