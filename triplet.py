@@ -1,13 +1,13 @@
 """Approach 4: a network trained with triplet loss; k nearest neighbours by the distance between embeddings.
 
 An anchor is to be nearer to a positive, a photo of its class, than to a negative, a photo of another class, by a margin
-(Schroff, Kalenichenko and Philbin 2015, FaceNet). Only the order of distances counts, so a class need not collapse into
-a point. Which of a batch's many triplets count is a question of mining (Hermans, Beyer and Leibe 2017, In Defense of
-the Triplet Loss). As in siamese.py, two augmented views of a photo identify each other (InfoNCE), and photos that are
-near each other for the pre-trained network stay so (distillation).
+(Schroff, Kalenichenko and Philbin 2015, FaceNet). Which of a batch's many triplets count is a question of mining
+(Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss). As in siamese.py, triplets train one head, and the other
+keeps the features of the pre-trained network and tells views of a photo from those of others.
 
     python triplet.py
-    python triplet.py --mining batch_hard --view-weight 0 --distillation-weight 0     # the triplet loss alone
+    python triplet.py --mining batch_hard
+    python triplet.py --view-weight 0 --feature-weight 0 --detail-weight 0     # the triplet loss alone
 """
 
 from collections.abc import Callable

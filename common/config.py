@@ -59,6 +59,8 @@ RENAMED = {  # flags of earlier versions -> what they are called now
     "mining": "reduction",
     "least_area": "min_crop_area",
     "turns": "repeats",
+    "embedding_dim": "detail_dim",
+    "width": "decoder_width",
 }
 
 

@@ -67,14 +67,6 @@ def test_without_details_a_reconstruction_is_that_of_the_principal_components(ne
     assert torch.allclose(network.decoder(codes).flatten(1), expected, atol=1e-4)
 
 
-def test_semantics_start_as_whitened_principal_components(network):
-    features = torch.nn.functional.normalize(torch.randn(50, 512))
-    targets = network.init_semantics(features, 0.25)
-    mean, directions = principal_components(features, 8, 0.25)
-    assert torch.allclose(targets, (features - mean) @ directions.T, atol=1e-6)
-    assert targets.square().sum(1).mean() == pytest.approx(1, rel=1e-4)
-
-
 def test_appearance_is_not_trained():
     trained = {name for name, each in Decoder(12, 8, 32, 4).named_parameters() if each.requires_grad}
     assert trained
