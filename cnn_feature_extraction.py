@@ -3,9 +3,9 @@
 A network trained to classify the 1,000 classes of ImageNet has learned what things look like. Without its classifier,
 its last feature maps, pooled over the photo, map similar photos to nearby points (Razavian et al. 2014, CNN Features
 off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning adds two heads, whose outputs are the embedding
-together: one learns to classify the gallery's own classes; the other keeps the pre-trained features (Romero et al. 2015,
-FitNets) and matches two augmented views of a photo among those of others (InfoNCE, van den Oord et al. 2018). The scores
-before fine-tuning stand beside those after it in the result file.
+together: one learns to classify the gallery's own classes; the other keeps the pre-trained features (Romero et al.
+2015, FitNets) and matches two augmented views of a photo among those of others (InfoNCE, van den Oord et al. 2018). The
+scores before fine-tuning stand beside those after it in the result file.
 
     python cnn_feature_extraction.py
     python cnn_feature_extraction.py --epochs 0       # pre-trained features, no fine-tuning

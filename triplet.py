@@ -1,9 +1,9 @@
 """Approach 4: a network trained with triplet loss; k nearest neighbours by the distance between embeddings.
 
-An anchor is to be nearer to a positive, a photo of its class, than to a negative, a photo of another class, by a margin
-(Schroff, Kalenichenko and Philbin 2015, FaceNet). Which of a batch's many triplets count is a question of mining
-(Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss). As in siamese.py, triplets train one head, and the other
-keeps the features of the pre-trained network and tells views of a photo from those of others.
+An anchor is to be nearer to a positive, a photo of its class, than to a negative, a photo of another class, by a
+margin (Schroff, Kalenichenko and Philbin 2015, FaceNet). Which of a batch's many triplets count is a question of mining
+(Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss). As in siamese.py, triplets train one head, and the
+other keeps the features of the pre-trained network and tells views of a photo from those of others.
 
     python triplet.py
     python triplet.py --mining batch_hard
