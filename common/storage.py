@@ -33,8 +33,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk has no name
+            error.filename = str(path)
         raise
 
 

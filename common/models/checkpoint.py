@@ -40,9 +40,12 @@ class Checkpoint:
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
-        """Writes the file, completely or not at all."""
+        """Writes the file, completely or not at all; raises `UserError` where it can't."""
         with atomic_write(path) as temporary:
-            torch.save({name.name: getattr(self, name.name) for name in dataclasses.fields(self)}, temporary)
+            try:
+                torch.save({name.name: getattr(self, name.name) for name in dataclasses.fields(self)}, temporary)
+            except RuntimeError as error:  # torch's word for a full disk
+                raise UserError(f"{path} can't be written: make room on its disk") from error
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":

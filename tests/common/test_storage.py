@@ -1,3 +1,4 @@
+import errno
 import os
 import time
 
@@ -37,6 +38,15 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
         temporary.mkdir()
     assert os.listdir(tmp_path) == ["photos"]
     assert os.listdir(tmp_path / "photos") == ["mine.jpg"]
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    for raised in (OSError(errno.ENOSPC, "No space left on device"), None):
+        with pytest.raises(OSError, match="No ") as caught, atomic_write(tmp_path / "a.json") as temporary:
+            if raised:
+                raise raised
+            temporary.read_text()
+        assert caught.value.filename == str(tmp_path / "a.json")
 
 
 def test_two_writers_of_one_file_in_one_process_do_not_disturb_each_other(tmp_path):

@@ -53,6 +53,18 @@ def test_an_interrupted_save_keeps_the_last_one(tmp_path, monkeypatch):
     assert Checkpoint.load(path).photos == "0123"
 
 
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"small\.pt can't be written: make room on its disk"):
+            CHECKPOINT.save(tmp_path / "small.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "stored",
     [{"schema": 3, "approach": "small", "network": {}}, {"approach": "small"}, [1, 2], torch.zeros(2)],
