@@ -12,6 +12,7 @@ from PIL import Image
 from common.config import UserError
 from common.report.comparison import read_results
 from compare import Config, differences, main, rows_of, spread, table
+from tests.conftest import ROOT
 
 
 def score(value):
@@ -106,6 +107,29 @@ def test_results_of_schema_1_tell_synthetic_images_by_the_name_of_the_data_set(r
     text = table(read_results([Path(file) for file in files]))
     assert "| [siamese](siamese.py) (synthetic images) |" in text
     assert "| [cnn](cnn_feature_extraction.py) |" in text
+
+
+def test_a_cost_that_an_old_file_does_not_hold_is_an_empty_cell(results):
+    del results["cnn"]["timing"]["train_seconds"]
+    _, siamese, autoencoder, cnn, *_ = rows_of(results)
+    assert [row[6] for row in (siamese, autoencoder, cnn)] == ["**20.0**", "22.5", ""]
+
+
+@pytest.mark.parametrize("name", ["cnn_feature_extraction", "cnn_feature_extraction.average"])
+def test_the_first_result_files_are_still_compared(name, tmp_path):
+    main(Config(files=(str(ROOT / f"results/reference/validation/{name}.json"),), results=str(tmp_path)))
+    assert f"| [{name}](cnn_feature_extraction.py) |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_a_file_without_what_is_compared_is_refused(results, tmp_path):
+    path = tmp_path / "a.json"
+    for parts, missing in (
+        ({"schema": 2}, "approach, config, dataset, model, metrics, baselines, timing, history, environment"),
+        ({**results["cnn"], "per_query": None, "config": {"split": "test"}, "model": 1}, "config, model"),
+    ):
+        path.write_text(json.dumps(parts))
+        with pytest.raises(UserError, match=rf"a\.json lacks all or a part of {missing}: run its script again"):
+            read_results([path])
 
 
 def test_without_matplotlib_the_table_is_written(results, files, tmp_path, monkeypatch):
