@@ -58,7 +58,8 @@ class Checkpoint:
             raise UserError(
                 f"{path} is not a checkpoint that torch can load safely: delete it and train again"
             ) from error
-        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
+        names = {each.name for each in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or stored.keys() != names:
             raise UserError(f"{path} is not a checkpoint of this version: name another, or train again")
         return cls(**stored)
 

@@ -135,14 +135,16 @@ def load_embedder(
     if checkpoint.approach != approach:
         raise UserError(f"{path} was written by {checkpoint.approach}.py: rename it to {checkpoint.approach}.pt")
     try:
+        preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
         network = import_script(approach).from_checkpoint(checkpoint)
     except ModuleNotFoundError as error:
         if error.name != approach:  # something that the script itself imports
             raise
         raise UserError(f"{path} was written by {approach}.py, which is missing: put it beside search.py") from error
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit {approach}.py as it is now: train again") from error
-    preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+    if missing := {"labelled", "seed", "split"} - checkpoint.config.keys():
+        raise UserError(f"{path} does not say {', '.join(sorted(missing))}: train again")
     return Embedder(network, preprocessing, choose_device(device), cache=cache), checkpoint
 
 

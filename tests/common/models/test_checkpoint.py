@@ -67,8 +67,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path):
 
 @pytest.mark.parametrize(
     "stored",
-    [{"schema": 3, "approach": "small", "network": {}}, {"approach": "small"}, [1, 2], torch.zeros(2)],
-    ids=["older schema", "no schema", "list", "tensor"],
+    [
+        *({"schema": 3, "approach": "small", "network": {}}, {"approach": "small"}, [1, 2], torch.zeros(2)),
+        *({"schema": SCHEMA, "approach": "small"}, {**vars(CHECKPOINT), "extra": 1}),
+    ],
+    ids=["older schema", "no schema", "list", "tensor", "missing fields", "extra field"],
 )
 def test_another_version_is_refused(tmp_path, stored):
     torch.save(stored, tmp_path / "small.pt")

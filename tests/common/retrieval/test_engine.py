@@ -20,10 +20,10 @@ from common.retrieval.engine import (
     PREFERRED,
     WHOLE,
     Region,
+    available_approaches,
     load_embedder,
     load_engine,
     read_queries,
-    trained_approaches,
 )
 
 
@@ -184,13 +184,22 @@ def test_the_result_files_name_what_was_trained(trained):
         assert np.isfinite(embedder.embed_images([Image.new("RGB", (10, 10))])).all()
 
 
-def test_trained_approaches_begin_with_the_preferred(tmp_path):
-    with pytest.raises(UserError, match="there is no checkpoint in .*: train an approach first"):
-        trained_approaches(tmp_path)
+def test_available_approaches_begin_with_the_preferred(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint in .*: name a folder to search"):
+        available_approaches(tmp_path)
     for name in ("zebra", "cnn_feature_extraction", "autoencoder", "ant", "not an approach"):
         (tmp_path / f"{name}.pt").touch()
     (tmp_path / "siamese.json").touch()
-    assert trained_approaches(tmp_path) == ["autoencoder", "cnn_feature_extraction", "ant", "zebra"]
+    assert available_approaches(tmp_path) == ["autoencoder", "cnn_feature_extraction", "ant", "zebra"]
+
+
+@pytest.mark.parametrize(("field", "key"), [("preprocessing", "mean"), ("config", "seed"), ("config", "pooling")])
+def test_a_checkpoint_that_lacks_something(trained, tmp_path, field, key):
+    checkpoint = Checkpoint.load(trained / "siamese.pt")
+    del getattr(checkpoint, field)[key]
+    checkpoint.save(tmp_path / "siamese.pt")
+    with pytest.raises(UserError, match=r"siamese\.pt does not (fit siamese\.py as it is now|say seed): train again"):
+        load_embedder("siamese", import_module, tmp_path, None, "cpu")
 
 
 @pytest.mark.parametrize("other", ["autoencoder", "cnn_feature_extraction"])
