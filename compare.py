@@ -36,7 +36,7 @@ from common.report.comparison import (
 )
 from common.report.comparison_plot import BASELINES, draw_comparison, remarks
 from common.report.maps import draw_map
-from common.retrieval.engine import available_approaches, load_embedder
+from common.retrieval.engine import load_available, load_embedder
 from common.retrieval.protocol import raw_pixel_embedder
 from common.storage import atomic_write
 
@@ -203,10 +203,11 @@ def main(config: Config) -> None:
         draw_comparison(temporary, results)
     print(f"written: {folder / 'comparison.png'}")
     if config.map:
-        for approach in available_approaches(folder):
+        maps = load_available(folder, lambda approach: map_of(approach, config))
+        for approach, picture in maps.items():
             path = folder / f"{approach}.map.png"
             with atomic_write(path) as temporary:
-                map_of(approach, config).save(temporary, "PNG")
+                picture.save(temporary, "PNG")
             print(f"written: {path}")
 
 

@@ -181,8 +181,10 @@ def test_mean_and_deviation_over_seeds(results):
 
 def test_from_the_shell(run_script, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "results")
+    (tmp_path / "results" / "foreign.pt").write_bytes(b"of another program")
     ended = run_script("compare.py", "--map", "--map-photos", "10")
     assert ended.returncode == 0, ended.stderr
+    assert "left out: results/foreign.pt is not a checkpoint" in ended.stdout.replace("\\", "/")
     written = (tmp_path / "results" / "comparison.md").read_text(encoding="utf-8")
     assert written in ended.stdout
     assert "[siamese](siamese.py) (synthetic images, untrained weights)" in written

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,7 @@ from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval.exact import CosineKNN
 
+T = TypeVar("T")
 PREFERRED = ("siamese", "triplet", "autoencoder", "cnn_feature_extraction")  # the order in which approaches are listed
 PRETRAINED = "pretrained"  # the approach that takes a pre-trained network as it is
 PRETRAINED_POOLING = 3.0  # exponent of GeM, as in the scripts
@@ -111,6 +112,25 @@ def available_approaches(results: Path, needs_gallery: bool = True) -> list[str]
             "with python siamese.py"
         )
     return [name for name in PREFERRED if name in names] + sorted(names - set(PREFERRED)) or [PRETRAINED]
+
+
+def load_available(results: Path, load: Callable[[str], T], needs_gallery: bool = True) -> dict[str, T]:
+    """`load(approach)` of each of `available_approaches`; one that can't be used is left out, with a line that says so.
+
+    Raises `UserError` if none is left.
+    """
+    loaded: dict[str, T] = {}
+    problems = []
+    for approach in available_approaches(results, needs_gallery):
+        try:
+            loaded[approach] = load(approach)
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+    if not loaded:
+        raise UserError("; ".join(problems))
+    for problem in problems:
+        print(f"left out: {problem}", flush=True)
+    return loaded
 
 
 def load_pretrained(backbone: str, weights: str, cache: Path | None, device: str) -> Embedder:
