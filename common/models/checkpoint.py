@@ -11,14 +11,11 @@ from common.config import UserError
 from common.storage import atomic_write
 
 SCHEMA = 4  # version of the fields below
+# May differ when a run is resumed. Photos and weights are compared themselves, not where they lie.
 RESUMABLE_FIELDS = {
-    "results",
-    "cache",
-    "resume",
-    "device",
-    "embed_batch_size",
-    "also",
-}  # may differ when a run is resumed
+    *("data", "queries", "also", "weights"),
+    *("results", "cache", "resume", "device", "embed_batch_size", "compile"),
+}
 
 
 @dataclass

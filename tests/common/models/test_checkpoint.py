@@ -105,6 +105,7 @@ def test_only_the_same_run_is_resumed(tmp_path):
 
     elsewhere = {"results": "elsewhere", "device": "cuda", "resume": True, "cache": "none", "embed_batch_size": 4}
     require(config=CHECKPOINT.config | elsewhere)
+    require(config=CHECKPOINT.config | {"data": "photos/", "queries": "q", "weights": "DEFAULT", "compile": True})
     require(folder="/moved", queries="", history=[])
     with pytest.raises(UserError, match=r"small\.pt was trained with epochs 3 \(now 5\), seed 0 \(now 1\): give the"):
         require(config=CHECKPOINT.config | {"epochs": 5, "seed": 1})
