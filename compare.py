@@ -51,7 +51,7 @@ class Config:
     results: str = "results"  # the folder of the result files and checkpoints; the comparison goes there
     map: bool = False  # draw a map of some queries for each approach that has a checkpoint
     map_photos: Annotated[int, Range(4, 10_000)] = 300  # queries on a map
-    seed: int = 0  # of the maps
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of the maps
     cache: str = "data/.cache"  # a folder that keeps the embeddings of the maps, or "none"
 
 

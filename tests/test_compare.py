@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import UserError
+from common.config import UserError, parse_config
 from common.report.comparison import read_results
 from compare import Config, differences, main, rows_of, spread, table
 from tests.conftest import ROOT
@@ -130,6 +130,11 @@ def test_a_file_without_what_is_compared_is_refused(results, tmp_path):
         path.write_text(json.dumps(parts))
         with pytest.raises(UserError, match=rf"a\.json lacks all or a part of {missing}: run its script again"):
             read_results([path])
+
+
+def test_a_seed_that_t_sne_cannot_take():
+    with pytest.raises(UserError, match=r"seed is 5000000000: give a value from 0 to"):
+        parse_config(Config, "", ["--seed", "5000000000"])
 
 
 def test_without_matplotlib_the_table_is_written(results, files, tmp_path, monkeypatch):
