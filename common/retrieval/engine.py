@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from common.config import UserError
-from common.data.folders import find_photos
+from common.data.folders import find_photos, walk
 from common.data.photos import NO_CLASS, Photos, hash_content, load_library
 from common.data.sources import require_folder
 from common.data.split import split_by_class, split_photos
@@ -195,25 +195,37 @@ def load_engine(
         raise UserError(f"the gallery of {approach}.py, {folder}, is gone: name a folder to search with --index")
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
     if checkpoint and not index:
-        gallery = _run_gallery(gallery, checkpoint)
+        gallery = _run_gallery(gallery, checkpoint, cache)
     return SearchEngine(approach, embedder, gallery, CosineKNN(embedder.embed_photos(gallery)))
 
 
-def _run_gallery(photos: Photos, checkpoint: Checkpoint) -> Photos:
-    """Of all photos in a run's folder those that it searched: of a class, and not held out as queries."""
+def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None) -> Photos:
+    """Of all photos in a run's folder those that it searched: of a class, not held out as queries or copies of them.
+
+    Copies of the photos in a folder of queries that is gone are searched.
+    """
     config = checkpoint.config
-    if not config["labelled"]:
-        photos = dataclasses.replace(photos, labels=np.zeros_like(photos.labels), classes=[NO_CLASS])
-    elif NO_CLASS in photos.classes:  # "", the first of all names
-        photos = photos.subset(np.flatnonzero(photos.labels > 0))
-        photos = dataclasses.replace(photos, labels=photos.labels - 1, classes=photos.classes[1:])
+    photos = _of_a_class(photos, config["labelled"])
     if config["split"] == "unseen":
         return split_by_class(photos, config["seed"]).test.gallery
     if not checkpoint.queries:
         photos, _ = split_photos(photos, config["seed"], "test")
+    elif next(walk(Path(checkpoint.queries)), None):
+        queries = _of_a_class(load_library(Path(checkpoint.queries), [], cache, "reading queries"), config["labelled"])
+        photos = photos.subset(np.flatnonzero(~np.isin(photos.sha256, queries.sha256)))
     if config["split"] == "validation":
         photos, _ = split_photos(photos, config["seed"], "validation")
     return photos
+
+
+def _of_a_class(photos: Photos, labelled: bool) -> Photos:
+    """The photos of `load_library` that `load_photos` would give."""
+    if not labelled:
+        return dataclasses.replace(photos, labels=np.zeros_like(photos.labels), classes=[NO_CLASS])
+    if NO_CLASS not in photos.classes:
+        return photos
+    photos = photos.subset(np.flatnonzero(photos.labels > 0))  # "", the first of all names
+    return dataclasses.replace(photos, labels=photos.labels - 1, classes=photos.classes[1:])
 
 
 def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserError]]:
