@@ -20,7 +20,7 @@ from PIL import Image
 from common.config import Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError, decode_photo
 from common.extras import require
-from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult, available_approaches, load_engine
+from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult, load_available, load_engine
 from common.retrieval.metrics import majority_vote
 from common.storage import atomic_write
 
@@ -60,13 +60,14 @@ class Config:
 
 
 def load_engines(config: Config) -> dict[str, SearchEngine]:
-    """An engine for each approach that has a checkpoint, or for the pre-trained network if none has."""
+    """An engine for each approach that has a usable checkpoint, or for the pre-trained network if none has any."""
     results, cache = Path(config.results), None if config.cache == "none" else Path(config.cache)
     pretrained = config.backbone, config.weights
-    return {
-        name: load_engine(name, import_module, results, config.index, cache, config.device, pretrained)
-        for name in available_approaches(results, needs_gallery=not config.index)
-    }
+
+    def load(approach: str) -> SearchEngine:
+        return load_engine(approach, import_module, results, config.index, cache, config.device, pretrained)
+
+    return load_available(results, load, needs_gallery=not config.index)
 
 
 def title(approach: str) -> str:

@@ -10,6 +10,7 @@ conditions are shown but not ranked.
 2008): photos with similar embeddings lie together.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,7 +36,7 @@ from common.report.comparison import (
 )
 from common.report.comparison_plot import BASELINES, draw_comparison, remarks
 from common.report.maps import draw_map
-from common.retrieval.engine import available_approaches, load_embedder
+from common.retrieval.engine import load_available, load_embedder
 from common.retrieval.protocol import raw_pixel_embedder
 from common.storage import atomic_write
 
@@ -50,7 +51,7 @@ class Config:
     results: str = "results"  # the folder of the result files and checkpoints; the comparison goes there
     map: bool = False  # draw a map of some queries for each approach that has a checkpoint
     map_photos: Annotated[int, Range(4, 10_000)] = 300  # queries on a map
-    seed: int = 0  # of the maps
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of the maps
     cache: str = "data/.cache"  # a folder that keeps the embeddings of the maps, or "none"
 
 
@@ -61,7 +62,7 @@ def machines(results: dict[str, Result]) -> list[str]:
 
 
 COSTS: dict[str, tuple[Callable[[Result], float], str, Callable]] = {  # column: (value, format, what is best)
-    "training, min": (lambda result: result["timing"]["train_seconds"] / 60, ".1f", min),
+    "training, min": (lambda result: result["timing"].get("train_seconds", math.nan) / 60, ".1f", min),
     "photos/s": (lambda result: result["timing"]["embed_photos_per_second"], ",.0f", max),
     "ms per query": (lambda result: result["timing"]["query_latency_ms"]["p50"], ".1f", min),
     "dimensions": (lambda result: result["model"]["embedding_dim"], "d", min),
@@ -103,9 +104,11 @@ def score_cell(score: dict | None, metric: str, bold: bool = False) -> str:
 
 
 def cost_cell(result: Result, results: dict[str, Result], column: str) -> str:
-    """A cost, bold where it is the best; speeds under different conditions are not ranked."""
+    """A cost, bold where it is the best; speeds under different conditions are not ranked. Empty if not measured."""
     read, form, choose = COSTS[column]
-    values = {read(other) for other in results.values()}
+    if math.isnan(read(result)):
+        return ""
+    values = {value for other in results.values() if not math.isnan(value := read(other))}
     comparable = column == "dimensions" or not cost_difference(results.values())
     text = format(read(result), form)
     return f"**{text}**" if comparable and len(values) > 1 and read(result) == choose(values) else text
@@ -200,10 +203,11 @@ def main(config: Config) -> None:
         draw_comparison(temporary, results)
     print(f"written: {folder / 'comparison.png'}")
     if config.map:
-        for approach in available_approaches(folder):
+        maps = load_available(folder, lambda approach: map_of(approach, config))
+        for approach, picture in maps.items():
             path = folder / f"{approach}.map.png"
             with atomic_write(path) as temporary:
-                map_of(approach, config).save(temporary, "PNG")
+                picture.save(temporary, "PNG")
             print(f"written: {path}")
 
 

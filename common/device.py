@@ -19,10 +19,9 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).item()  # "meta" can be named, but holds no numbers
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"there is no device {name!r} here ({str(error).splitlines()[0]}): try --device auto"
-        ) from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]  # torch goes on for pages
+        raise UserError(f"there is no device {name!r} here ({reason}): try --device auto") from error
 
 
 def choose_precision(device: torch.device) -> torch.dtype:

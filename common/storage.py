@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import shutil
+import tempfile
 import time
 import uuid
 import zlib
@@ -12,6 +13,8 @@ from threading import RLock
 
 import numpy as np
 import numpy.typing as npt
+
+from common.config import UserError
 
 STALE_SECONDS = 3600  # what a killed process left unfinished is removed by a later one after this time
 FLUSH_SECONDS, FLUSH_BYTES = 30.0, 128_000_000  # rows are written to disk after this time or size: a kill loses no more
@@ -33,9 +36,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk has no name
+            error.filename = str(path)
         raise
+
+
+def require_writable(folder: Path) -> None:
+    """Makes `folder` and a temporary file in it; raises `UserError` where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"the folder {folder} can't be written to ({error.strerror}): name another") from error
 
 
 class RowCache:

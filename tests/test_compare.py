@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import UserError
+from common.config import UserError, parse_config
 from common.report.comparison import read_results
 from compare import Config, differences, main, rows_of, spread, table
+from tests.conftest import ROOT
 
 
 def score(value):
@@ -108,6 +109,34 @@ def test_results_of_schema_1_tell_synthetic_images_by_the_name_of_the_data_set(r
     assert "| [cnn](cnn_feature_extraction.py) |" in text
 
 
+def test_a_cost_that_an_old_file_does_not_hold_is_an_empty_cell(results):
+    del results["cnn"]["timing"]["train_seconds"]
+    _, siamese, autoencoder, cnn, *_ = rows_of(results)
+    assert [row[6] for row in (siamese, autoencoder, cnn)] == ["**20.0**", "22.5", ""]
+
+
+@pytest.mark.parametrize("name", ["cnn_feature_extraction", "cnn_feature_extraction.average"])
+def test_the_first_result_files_are_still_compared(name, tmp_path):
+    main(Config(files=(str(ROOT / f"results/reference/validation/{name}.json"),), results=str(tmp_path)))
+    assert f"| [{name}](cnn_feature_extraction.py) |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_a_file_without_what_is_compared_is_refused(results, tmp_path):
+    path = tmp_path / "a.json"
+    for parts, missing in (
+        ({"schema": 2}, "approach, config, dataset, model, metrics, baselines, timing, history, environment"),
+        ({**results["cnn"], "per_query": None, "config": {"split": "test"}, "model": 1}, "config, model"),
+    ):
+        path.write_text(json.dumps(parts))
+        with pytest.raises(UserError, match=rf"a\.json lacks all or a part of {missing}: run its script again"):
+            read_results([path])
+
+
+def test_a_seed_that_t_sne_cannot_take():
+    with pytest.raises(UserError, match=r"seed is 5000000000: give a value from 0 to"):
+        parse_config(Config, "", ["--seed", "5000000000"])
+
+
 def test_without_matplotlib_the_table_is_written(results, files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"matplotlib is missing: pip install -r requirements-extra\.txt"):
@@ -157,8 +186,10 @@ def test_mean_and_deviation_over_seeds(results):
 
 def test_from_the_shell(run_script, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "results")
+    (tmp_path / "results" / "foreign.pt").write_bytes(b"of another program")
     ended = run_script("compare.py", "--map", "--map-photos", "10")
     assert ended.returncode == 0, ended.stderr
+    assert "left out: results/foreign.pt is not a checkpoint" in ended.stdout.replace("\\", "/")
     written = (tmp_path / "results" / "comparison.md").read_text(encoding="utf-8")
     assert written in ended.stdout
     assert "[siamese](siamese.py) (synthetic images, untrained weights)" in written

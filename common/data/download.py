@@ -55,9 +55,11 @@ def download(home: Path, addresses: Sequence[str] = ADDRESSES) -> Path:
             archive.parent.mkdir(parents=True, exist_ok=True)
             _fetch(address, archive)
             _unzip(archive, folder)
-            archive.unlink()
+            archive.unlink(missing_ok=True)
             return folder
         except (DownloadError, OSError) as error:
+            if folder.is_dir():  # another process has unpacked it in the meantime
+                return folder
             failures.append(f"{host}: {error}")
     raise UserError(
         f"the cats and dogs could not be downloaded ({'; '.join(failures)}). By hand: open {addresses[-1]} in a "
@@ -127,7 +129,7 @@ def _unzip(archive: Path, folder: Path) -> None:
             for member in tqdm(members, "unpacking", unit=" files"):
                 opened.extract(member, temporary)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
-        archive.unlink()
+        archive.unlink(missing_ok=True)
         raise DownloadError(f"sent something that is not a sound zip archive ({error})") from error
 
 

@@ -19,9 +19,9 @@ IGNORED_FOLDERS = {"__MACOSX", "annotations"}  # copies of file attributes; the 
 def find_photos(folder: Path) -> list[tuple[str, str | None]]:
     """The photos below `folder` as (path relative to it, class), sorted by path; None where the class is unknown.
 
-    The first rule that applies gives the class: a folder on the way named cat, cats, dog or dogs, the nearest one; a
-    file name like `cat.123.jpg`; the names of the Oxford-IIIT pets, breeds with a capital initial being cats; the name
-    of the folder that holds the photo. Hidden files and folders are ignored.
+    A folder on the way named cat, cats, dog or dogs gives the class, the nearest one. Of the other photos, where most
+    are named like `cat.123.jpg` or like the Oxford-IIIT pets, breeds with a capital initial being cats, their names
+    do; else the name of the folder that holds the photo. Hidden files and folders are ignored.
     """
     paths = sorted(walk(folder))
     parts = [path.split("/") for path in paths]
@@ -30,17 +30,17 @@ def find_photos(folder: Path) -> list[tuple[str, str | None]]:
     breeds = {match[1] for stem in stems if (match := OXFORD_NAME.fullmatch(stem))}
     from_names = [_class_from_name(stem, len(parents) == 1 and bool(breeds & OXFORD_CATS)) for stem in stems]
     from_folders = [_cat_or_dog(folders) for *folders, _ in parts]
-    # Where file names tell what folders don't, a photo whose name doesn't has no class.
-    names_tell = any(name and not cat_or_dog for cat_or_dog, name in zip(from_folders, from_names, strict=True))
+    others = [name for cat_or_dog, name in zip(from_folders, from_names, strict=True) if not cat_or_dog]
+    names_tell = sum(name is not None for name in others) > len(others) / 2
 
     def class_from_parent(folders: list[str]) -> str | None:
-        if names_tell or not (folders or parents == {""}):
+        if not (folders or parents == {""}):
             return None
         name = (folders[-1] if folders else folder.resolve().name).lower()
         return CAT_OR_DOG.get(name, name)
 
     return [
-        (path, cat_or_dog or name or class_from_parent(folders))
+        (path, cat_or_dog or (name if names_tell else class_from_parent(folders)))
         for path, (*folders, _), cat_or_dog, name in zip(paths, parts, from_folders, from_names, strict=True)
     ]
 

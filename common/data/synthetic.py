@@ -32,18 +32,22 @@ def draw_dataset(folder: Path, count: int = COUNT, seed: int = 0) -> Path:
 
     The same count and seed give the same images. The folder appears complete or not at all.
     """
-    with atomic_write(folder) as temporary:
-        for name in ("cat", "dog"):
-            (temporary / name).mkdir(parents=True)
-        (temporary / MARKER).write_text(f"Drawn by common/data/synthetic.py: {count} images, seed {seed}.\n")
+    try:
+        with atomic_write(folder) as temporary:
+            for name in ("cat", "dog"):
+                (temporary / name).mkdir(parents=True)
+            (temporary / MARKER).write_text(f"Drawn by common/data/synthetic.py: {count} images, seed {seed}.\n")
 
-        def save(index: int) -> None:
-            kind = ("cat", "dog")[index % 2]
-            drawn = draw_photo(kind, np.random.default_rng([seed, index]))
-            drawn.save(temporary / kind / f"{kind}.{index // 2:04d}.jpg", quality=88)
+            def save(index: int) -> None:
+                kind = ("cat", "dog")[index % 2]
+                drawn = draw_photo(kind, np.random.default_rng([seed, index]))
+                drawn.save(temporary / kind / f"{kind}.{index // 2:04d}.jpg", quality=88)
 
-        for _ in tqdm(parallel_map(save, range(count)), "drawing cats and dogs", count, unit=" images"):
-            pass
+            for _ in tqdm(parallel_map(save, range(count)), "drawing cats and dogs", count, unit=" images"):
+                pass
+    except OSError:
+        if not is_synthetic(folder):  # another process has drawn them in the meantime
+            raise
     return folder
 
 

@@ -11,14 +11,11 @@ from common.config import UserError
 from common.storage import atomic_write
 
 SCHEMA = 4  # version of the fields below
+# May differ when a run is resumed. Photos and weights are compared themselves, not where they lie.
 RESUMABLE_FIELDS = {
-    "results",
-    "cache",
-    "resume",
-    "device",
-    "embed_batch_size",
-    "also",
-}  # may differ when a run is resumed
+    *("data", "queries", "also", "weights"),
+    *("results", "cache", "resume", "device", "embed_batch_size", "compile"),
+}
 
 
 @dataclass
@@ -40,9 +37,12 @@ class Checkpoint:
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
-        """Writes the file, completely or not at all."""
+        """Writes the file, completely or not at all; raises `UserError` where it can't."""
         with atomic_write(path) as temporary:
-            torch.save({name.name: getattr(self, name.name) for name in dataclasses.fields(self)}, temporary)
+            try:
+                torch.save({name.name: getattr(self, name.name) for name in dataclasses.fields(self)}, temporary)
+            except RuntimeError as error:  # torch's word for a full disk
+                raise UserError(f"{path} can't be written: make room on its disk") from error
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -55,7 +55,8 @@ class Checkpoint:
             raise UserError(
                 f"{path} is not a checkpoint that torch can load safely: delete it and train again"
             ) from error
-        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
+        names = {each.name for each in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or stored.keys() != names:
             raise UserError(f"{path} is not a checkpoint of this version: name another, or train again")
         return cls(**stored)
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from common.config import UserError
 from common.data.photos import Photos
 from common.device import autocast, choose_precision, limit_torch_threads
 from common.models.decoded import DecodedPhotos, decode_files
@@ -78,10 +79,16 @@ class Embedder:
         return self.embed_batch(np.stack([self.preprocessing.resize_crop(image) for image in images]))
 
     def embed_batch(self, images: np.ndarray) -> np.ndarray:
-        """float32 [B, D], L2-normalized, of the pixels that `resize_crop` returns, uint8 [B, S, S, 3]."""
+        """float32 [B, D], L2-normalized, of the pixels that `resize_crop` returns, uint8 [B, S, S, 3].
+
+        Raises `UserError` if the network gives NaN or infinity.
+        """
         with self.lock, torch.inference_mode(), autocast(self.device, self.precision):
             features = self.network(self.preprocessing.normalize(torch.from_numpy(images).to(self.device))).float()
-            return functional.normalize(features).cpu().numpy()
+            embeddings = functional.normalize(features).cpu().numpy()
+        if not np.isfinite(embeddings).all():
+            raise UserError("the network's embeddings hold NaN or infinity: lower learning_rate, or name other weights")
+        return embeddings
 
     def stream(
         self, load_images: LoadImages, indices: np.ndarray, label: str = ""

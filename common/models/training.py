@@ -16,6 +16,7 @@ from common.data.photos import Photos
 from common.device import autocast, choose_precision
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
+from common.models.weights import first_line
 from common.parallel import parallel_map
 
 WARM_UP = 0.05  # fraction of the steps
@@ -217,14 +218,20 @@ def load_batches(photos: Photos, decoded: DecodedPhotos, batches: np.ndarray, de
 def resume(trainer: Trainer, checkpoint: Checkpoint, path: Path, epochs: int) -> list[dict]:
     """Restores the state from the checkpoint at `path`, if there is one, and returns its history.
 
-    Raises `UserError` if it belongs to another run than `checkpoint`.
+    Raises `UserError` if it belongs to another run than `checkpoint`, or does not fit the network.
     """
     if not path.exists():
         print(f"nothing to resume: there is no {path}, so training starts at the first epoch", flush=True)
         return []
     stored = Checkpoint.load(path)
     stored.require_same_run(checkpoint, path)
-    trainer.load_state(stored)
+    try:
+        trainer.load_state(stored)
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not fit the network as it is now ({first_line(error)}): leave --resume out to train from "
+            "the start"
+        ) from error
     print(f"resumed from {path}: {len(stored.history)} of {epochs} epochs are done", flush=True)
     return stored.history
 

@@ -17,6 +17,17 @@ Result = dict[str, Any]
 # Hyperparameters that don't decide about the metrics: runs that differ in others are not repetitions of each other.
 INCIDENTAL_FIELDS = {"seed", "results", "cache", "resume", "device", "embed_batch_size", "also"}
 COST_FIELDS = ("commit", "cpu", "device", "threads", "precision")  # of the environment, which speeds depend on
+PARTS = {  # of a result file, that a comparison reads
+    "approach": (),
+    "config": ("seed", "split"),
+    "dataset": ("name", "fingerprint", "gallery", "queries"),
+    "model": ("weights", "embedding_dim"),
+    "metrics": (),
+    "baselines": (),
+    "timing": ("embed_photos_per_second", "query_latency_ms"),  # early files have no train_seconds
+    "history": (),
+    "environment": COST_FIELDS,
+}
 
 
 def read_results(paths: Sequence[Path]) -> dict[str, Result]:
@@ -37,10 +48,16 @@ def read_results(paths: Sequence[Path]) -> dict[str, Result]:
             raise UserError(
                 f"{path} is not a result file of this version (its schema is {schema!r}): run its script again"
             )
+        if missing := [name for name, parts in PARTS.items() if not _has(result, name, parts)]:
+            raise UserError(f"{path} lacks all or a part of {', '.join(missing)}: run its script again")
         if path.stem in results:
             raise UserError(f"two files are called {path.name}: rename one, as the table goes by names")
         results[path.stem] = result | {"per_query": _read_per_query(path.with_suffix(".per_query.npz"))}
     return results
+
+
+def _has(result: Result, name: str, parts: tuple[str, ...]) -> bool:
+    return name in result and all(isinstance(result[name], dict) and part in result[name] for part in parts)
 
 
 def _read_per_query(path: Path) -> dict[str, np.ndarray]:

@@ -22,11 +22,13 @@ def grid_layout(embeddings: np.ndarray, seed: int, side: int) -> np.ndarray:
     t-SNE (van der Maaten and Hinton 2008) lays them out, and each goes to a free cell near its place, with the
     smallest sum of squared distances.
     """
+    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
+    if len(embeddings) < 3:  # too few for t-SNE
+        return cells[: len(embeddings)]
     perplexity = min(30.0, max(1.0, (len(embeddings) - 1) / 3))
     places = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
     low, high = places.min(0), places.max(0)
     places = (places - low) / np.maximum(high - low, 1e-9) * (side - 1)
-    cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
     costs = np.square(places[:, None] - cells[None]).sum(axis=2)
     return cells[linear_sum_assignment(costs)[1]]
 

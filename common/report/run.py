@@ -38,7 +38,7 @@ from common.retrieval.protocol import (
     score_chance,
     with_intervals,
 )
-from common.storage import atomic_write
+from common.storage import atomic_write, require_writable
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 SAMPLE = 256  # photos from whose features untrained heads start
@@ -69,13 +69,14 @@ class Run(Generic[ConfigT]):
 
     @classmethod
     def begin(cls, approach: str, config: ConfigT, synthetic_overrides: Mapping[str, tuple[Any, Any]]) -> "Run":
-        """Finds the photos, seeds torch and chooses the device.
+        """Finds the photos, seeds torch and chooses the device; makes sure that results can be written.
 
         On synthetic images {field: (default, override)} replaces defaults, so that a run ends in minutes. Raises
         `UserError`.
         """
         started, commit = time.perf_counter(), current_commit()
         device = choose_device(config.device)
+        require_writable(Path(config.results))  # better to fail now than after training
         folder = locate_photos(config.data)
         if is_synthetic(folder):
             config = apply_overrides(config, synthetic_overrides)
@@ -102,7 +103,6 @@ class Run(Generic[ConfigT]):
             if folder.name in self.also:
                 raise UserError(f"two folders of --also are called {folder.name}: rename one, as results go by names")
             self.also[folder.name] = leave_one_out(load_photos(folder, everyone, f"reading {folder.name}"))
-        Path(config.results).mkdir(parents=True, exist_ok=True)  # better to fail now than after training
         return split
 
     def measure_baseline(self, name: str, embedder: Embedder, split: Split) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from common.config import UserError
-from common.data.folders import find_photos
+from common.data.folders import find_photos, walk
 from common.data.photos import NO_CLASS, Photos, hash_content, load_library
 from common.data.sources import require_folder
 from common.data.split import split_by_class, split_photos
@@ -24,6 +24,7 @@ from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval.exact import CosineKNN
 
+T = TypeVar("T")
 PREFERRED = ("siamese", "triplet", "autoencoder", "cnn_feature_extraction")  # the order in which approaches are listed
 PRETRAINED = "pretrained"  # the approach that takes a pre-trained network as it is
 PRETRAINED_POOLING = 3.0  # exponent of GeM, as in the scripts
@@ -113,6 +114,25 @@ def available_approaches(results: Path, needs_gallery: bool = True) -> list[str]
     return [name for name in PREFERRED if name in names] + sorted(names - set(PREFERRED)) or [PRETRAINED]
 
 
+def load_available(results: Path, load: Callable[[str], T], needs_gallery: bool = True) -> dict[str, T]:
+    """`load(approach)` of each of `available_approaches`; one that can't be used is left out, with a line that says so.
+
+    Raises `UserError` if none is left.
+    """
+    loaded: dict[str, T] = {}
+    problems = []
+    for approach in available_approaches(results, needs_gallery):
+        try:
+            loaded[approach] = load(approach)
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+    if not loaded:
+        raise UserError("; ".join(problems))
+    for problem in problems:
+        print(f"left out: {problem}", flush=True)
+    return loaded
+
+
 def load_pretrained(backbone: str, weights: str, cache: Path | None, device: str) -> Embedder:
     """A pre-trained network as it is, for whole photos; arguments are those of `load_backbone`."""
     loaded = load_backbone(backbone, weights, pooling=PRETRAINED_POOLING, whole_photo=True)
@@ -135,14 +155,16 @@ def load_embedder(
     if checkpoint.approach != approach:
         raise UserError(f"{path} was written by {checkpoint.approach}.py: rename it to {checkpoint.approach}.pt")
     try:
+        preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
         network = import_script(approach).from_checkpoint(checkpoint)
     except ModuleNotFoundError as error:
         if error.name != approach:  # something that the script itself imports
             raise
         raise UserError(f"{path} was written by {approach}.py, which is missing: put it beside search.py") from error
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit {approach}.py as it is now: train again") from error
-    preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+    if missing := {"labelled", "seed", "split"} - checkpoint.config.keys():
+        raise UserError(f"{path} does not say {', '.join(sorted(missing))}: train again")
     return Embedder(network, preprocessing, choose_device(device), cache=cache), checkpoint
 
 
@@ -173,25 +195,37 @@ def load_engine(
         raise UserError(f"the gallery of {approach}.py, {folder}, is gone: name a folder to search with --index")
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
     if checkpoint and not index:
-        gallery = _run_gallery(gallery, checkpoint)
+        gallery = _run_gallery(gallery, checkpoint, cache)
     return SearchEngine(approach, embedder, gallery, CosineKNN(embedder.embed_photos(gallery)))
 
 
-def _run_gallery(photos: Photos, checkpoint: Checkpoint) -> Photos:
-    """Of all photos in a run's folder those that it searched: of a class, and not held out as queries."""
+def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None) -> Photos:
+    """Of all photos in a run's folder those that it searched: of a class, not held out as queries or copies of them.
+
+    Copies of the photos in a folder of queries that is gone are searched.
+    """
     config = checkpoint.config
-    if not config["labelled"]:
-        photos = dataclasses.replace(photos, labels=np.zeros_like(photos.labels), classes=[NO_CLASS])
-    elif NO_CLASS in photos.classes:  # "", the first of all names
-        photos = photos.subset(np.flatnonzero(photos.labels > 0))
-        photos = dataclasses.replace(photos, labels=photos.labels - 1, classes=photos.classes[1:])
+    photos = _of_a_class(photos, config["labelled"])
     if config["split"] == "unseen":
         return split_by_class(photos, config["seed"]).test.gallery
     if not checkpoint.queries:
         photos, _ = split_photos(photos, config["seed"], "test")
+    elif next(walk(Path(checkpoint.queries)), None):
+        queries = _of_a_class(load_library(Path(checkpoint.queries), [], cache, "reading queries"), config["labelled"])
+        photos = photos.subset(np.flatnonzero(~np.isin(photos.sha256, queries.sha256)))
     if config["split"] == "validation":
         photos, _ = split_photos(photos, config["seed"], "validation")
     return photos
+
+
+def _of_a_class(photos: Photos, labelled: bool) -> Photos:
+    """The photos of `load_library` that `load_photos` would give."""
+    if not labelled:
+        return dataclasses.replace(photos, labels=np.zeros_like(photos.labels), classes=[NO_CLASS])
+    if NO_CLASS not in photos.classes:
+        return photos
+    photos = photos.subset(np.flatnonzero(photos.labels > 0))  # "", the first of all names
+    return dataclasses.replace(photos, labels=photos.labels - 1, classes=photos.classes[1:])
 
 
 def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserError]]:

@@ -1,9 +1,12 @@
+import errno
 import os
+import tempfile
 import time
 
 import pytest
 
-from common.storage import STALE_SECONDS, atomic_write
+from common.config import UserError
+from common.storage import STALE_SECONDS, atomic_write, require_writable
 
 
 def test_a_file_appears_complete_or_not_at_all(tmp_path):
@@ -37,6 +40,30 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
         temporary.mkdir()
     assert os.listdir(tmp_path) == ["photos"]
     assert os.listdir(tmp_path / "photos") == ["mine.jpg"]
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    for raised in (OSError(errno.ENOSPC, "No space left on device"), None):
+        with pytest.raises(OSError, match="No ") as caught, atomic_write(tmp_path / "a.json") as temporary:
+            if raised:
+                raise raised
+            temporary.read_text()
+        assert caught.value.filename == str(tmp_path / "a.json")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    require_writable(tmp_path / "new" / "results")
+    assert os.listdir(tmp_path / "new" / "results") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the folder .*file can't be written to \(File exists\): name another"):
+        require_writable(tmp_path / "file")
+
+    def fail(**_):
+        raise OSError(errno.EROFS, "Read-only file system", ".x.part")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(UserError, match=r"new can't be written to \(Read-only file system\): name another"):
+        require_writable(tmp_path / "new")
 
 
 def test_two_writers_of_one_file_in_one_process_do_not_disturb_each_other(tmp_path):

@@ -228,3 +228,16 @@ def test_from_the_shell_without_a_network(home, offline):
     assert ended.stderr.startswith("error: the cats and dogs could not be downloaded (storage.googleapis.com:")
     assert "By hand: open https://download.microsoft.com/" in ended.stderr
     assert everything(home) == []
+
+
+def test_two_processes_download_at_the_same_time(server, tmp_path, monkeypatch):
+    unzip = download._unzip
+
+    def unzip_after_another(archive, folder):
+        monkeypatch.setattr(download, "_unzip", unzip)
+        download.download(tmp_path, [server.address("/archive.zip")])
+        unzip(archive, folder)
+
+    monkeypatch.setattr(download, "_unzip", unzip_after_another)
+    folder = download.download(tmp_path, [server.address("/archive.zip")])
+    assert (folder / "PetImages" / "Cat" / "1.jpg").read_bytes() == PHOTO

@@ -61,6 +61,11 @@ def test_file_names_do_not_change_the_class_of_other_folders(tmp_path):
     assert set(classes_of(folder).values()) == {"car", "cat", "dog", "horse"}
 
 
+def test_a_few_file_names_do_not_change_the_classes_of_folders(tmp_path):
+    folder = tree(tmp_path, "roses/1.jpg", "roses/dog-1.jpg", "roses/cat_2.jpg", "tulips/1.jpg", "tulips/2.jpg")
+    assert Counter(classes_of(folder).values()) == {"roses": 3, "tulips": 2}
+
+
 def test_photos_directly_in_the_folder_are_of_its_class(tmp_path):
     assert classes_of(tree(tmp_path / "Dogs", "1.jpg")) == {"1.jpg": "dog"}
 

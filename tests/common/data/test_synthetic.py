@@ -54,6 +54,22 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_processes_draw_at_the_same_time(tmp_path, monkeypatch):
+    def draw_after_another(*arguments):
+        monkeypatch.undo()
+        draw_dataset(tmp_path / "x", count=1)
+        return draw_photo(*arguments)
+
+    monkeypatch.setattr("common.data.synthetic.draw_photo", draw_after_another)
+    assert draw_dataset(tmp_path / "x", count=1) == tmp_path / "x"
+    assert is_synthetic(tmp_path / "x")
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").touch()
+    with pytest.raises(OSError, match="mine"):
+        draw_dataset(tmp_path / "mine", count=1)
+
+
 def test_raw_pixels_do_not_solve_it(tmp_path):
     test = load_split(draw_dataset(tmp_path / "drawn", count=600), "", "test", 0).test
     gallery, queries = test.gallery, test.queries

@@ -53,10 +53,25 @@ def test_an_interrupted_save_keeps_the_last_one(tmp_path, monkeypatch):
     assert Checkpoint.load(path).photos == "0123"
 
 
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"small\.pt can't be written: make room on its disk"):
+            CHECKPOINT.save(tmp_path / "small.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "stored",
-    [{"schema": 3, "approach": "small", "network": {}}, {"approach": "small"}, [1, 2], torch.zeros(2)],
-    ids=["older schema", "no schema", "list", "tensor"],
+    [
+        *({"schema": 3, "approach": "small", "network": {}}, {"approach": "small"}, [1, 2], torch.zeros(2)),
+        *({"schema": SCHEMA, "approach": "small"}, {**vars(CHECKPOINT), "extra": 1}),
+    ],
+    ids=["older schema", "no schema", "list", "tensor", "missing fields", "extra field"],
 )
 def test_another_version_is_refused(tmp_path, stored):
     torch.save(stored, tmp_path / "small.pt")
@@ -90,6 +105,7 @@ def test_only_the_same_run_is_resumed(tmp_path):
 
     elsewhere = {"results": "elsewhere", "device": "cuda", "resume": True, "cache": "none", "embed_batch_size": 4}
     require(config=CHECKPOINT.config | elsewhere)
+    require(config=CHECKPOINT.config | {"data": "photos/", "queries": "q", "weights": "DEFAULT", "compile": True})
     require(folder="/moved", queries="", history=[])
     with pytest.raises(UserError, match=r"small\.pt was trained with epochs 3 \(now 5\), seed 0 \(now 1\): give the"):
         require(config=CHECKPOINT.config | {"epochs": 5, "seed": 1})

@@ -45,6 +45,14 @@ def test_embeddings_are_unit_vectors_of_each_photo(photos, embedder):
         assert embeddings[index] == pytest.approx(alone, abs=2e-3 if embedder.precision != torch.float32 else 1e-5)
 
 
+def test_a_network_that_has_diverged_is_refused():
+    torch.manual_seed(0)
+    network, preprocessing, *_ = load_backbone("squeezenet1_1", "none", image_size=64)
+    torch.nn.init.constant_(next(network.parameters()), float("nan"))
+    with pytest.raises(UserError, match="embeddings hold NaN or infinity: lower learning_rate, or name other weights"):
+        Embedder(network, preprocessing, CPU)
+
+
 def test_same_as_a_plain_loop(photos):
     """Torchvision's own network, one photo at a time, in float32."""
     torch.manual_seed(3)

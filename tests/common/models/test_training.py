@@ -128,6 +128,18 @@ def test_the_checkpoint_of_another_run_is_not_resumed(run, photos, tmp_path):
         run(config, path)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"network": {}}, {"optimizer": {"state": {}}}, {"optimizer": {"state": {}, "param_groups": []}}]
+)
+def test_a_checkpoint_that_does_not_fit_the_network_is_not_resumed(run, tmp_path, changes):
+    path = tmp_path / "small.pt"
+    with pytest.raises(UserError, match="keeps epoch 1"):
+        run(Config(), path, lambda step: float("nan") if step == 2 else None)
+    dataclasses.replace(Checkpoint.load(path), **changes).save(path)
+    with pytest.raises(UserError, match=r"small\.pt does not fit the network as it is now \(.+\): leave --resume out"):
+        run(Config(resume=True), path)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(run, tmp_path, bad):
     _, good = run(Config(), tmp_path / "good.pt")

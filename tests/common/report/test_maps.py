@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from PIL import ImageColor
 
 from common.data.photos import load_photos
@@ -21,6 +22,12 @@ def test_a_map_gives_each_photo_a_place_of_its_own():
 def test_a_map_is_the_same_each_time():
     vectors = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     assert np.array_equal(grid_layout(vectors, 0, 4), grid_layout(vectors, 0, 4))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_map_of_few_photos(count):
+    vectors = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
+    assert len(np.unique(grid_layout(vectors, 2**32 - 1, 2), axis=0)) == count
 
 
 def test_photos_are_drawn_at_their_places_in_the_colours_of_their_classes(synthetic_photos, embedder, monkeypatch):

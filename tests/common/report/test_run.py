@@ -75,6 +75,12 @@ def test_the_seed_decides_about_initial_weights(begin):
     assert torch.rand(3).tolist() == draws[0]
 
 
+def test_results_that_cannot_be_written_are_noticed_before_training(begin, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(UserError, match=r"the folder .*results can't be written to"):
+        begin()
+
+
 def test_a_cache_of_none_is_no_folder(begin, tmp_path):
     assert begin().cache is None
     assert begin(cache=str(tmp_path / "cache")).cache == tmp_path / "cache"
@@ -102,7 +108,6 @@ def test_photos_are_handed_to_the_consumers_and_to_the_baseline(begin, embedder,
     for photos in split.parts:
         assert not decoded.lacks(photos.sha256).any()
         assert not run.raw_pixels.lacks(photos.sha256).any()
-    assert (tmp_path / "results").is_dir()  # fails now if it can't be made
 
 
 def test_the_split_is_that_of_the_configuration(begin):

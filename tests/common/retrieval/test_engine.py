@@ -20,10 +20,10 @@ from common.retrieval.engine import (
     PREFERRED,
     WHOLE,
     Region,
+    available_approaches,
     load_embedder,
     load_engine,
     read_queries,
-    trained_approaches,
 )
 
 
@@ -184,13 +184,39 @@ def test_the_result_files_name_what_was_trained(trained):
         assert np.isfinite(embedder.embed_images([Image.new("RGB", (10, 10))])).all()
 
 
-def test_trained_approaches_begin_with_the_preferred(tmp_path):
-    with pytest.raises(UserError, match="there is no checkpoint in .*: train an approach first"):
-        trained_approaches(tmp_path)
+def test_available_approaches_begin_with_the_preferred(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint in .*: name a folder to search"):
+        available_approaches(tmp_path)
     for name in ("zebra", "cnn_feature_extraction", "autoencoder", "ant", "not an approach"):
         (tmp_path / f"{name}.pt").touch()
     (tmp_path / "siamese.json").touch()
-    assert trained_approaches(tmp_path) == ["autoencoder", "cnn_feature_extraction", "ant", "zebra"]
+    assert available_approaches(tmp_path) == ["autoencoder", "cnn_feature_extraction", "ant", "zebra"]
+
+
+def test_an_approach_that_cannot_be_used_is_left_out(trained, tmp_path, capsys):
+    results = Path(shutil.copytree(trained, tmp_path / "results"))
+    (results / "foreign.pt").write_bytes(b"of another program")
+    gone = dataclasses.replace(Checkpoint.load(trained / "siamese.pt"), folder=str(tmp_path / "gone"))
+    gone.save(results / "siamese.pt")
+    loaded = module.load_available(results, lambda approach: load(approach, results).approach)
+    assert loaded == {name: name for name in ("autoencoder", "cnn_feature_extraction")}
+    left_out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in left_out] == ["left out"] * 2
+    assert "gone, is gone" in left_out[0]
+    assert "foreign.pt is not a checkpoint" in left_out[1]
+    for name in loaded:
+        (results / f"{name}.pt").unlink()
+    with pytest.raises(UserError, match=r"gone, is gone.*; .*foreign\.pt is not a checkpoint"):
+        module.load_available(results, lambda approach: load(approach, results))
+
+
+@pytest.mark.parametrize(("field", "key"), [("preprocessing", "mean"), ("config", "seed"), ("config", "pooling")])
+def test_a_checkpoint_that_lacks_something(trained, tmp_path, field, key):
+    checkpoint = Checkpoint.load(trained / "siamese.pt")
+    del getattr(checkpoint, field)[key]
+    checkpoint.save(tmp_path / "siamese.pt")
+    with pytest.raises(UserError, match=r"siamese\.pt does not (fit siamese\.py as it is now|say seed): train again"):
+        load_embedder("siamese", import_module, tmp_path, None, "cpu")
 
 
 @pytest.mark.parametrize("other", ["autoencoder", "cnn_feature_extraction"])

@@ -38,10 +38,20 @@ def test_a_gallery_with_a_relative_path_is_found_from_another_folder(trained, sy
     assert engine.search(engine.gallery.read(5), 3).exact_duplicates == [5]
 
 
-def test_where_queries_had_a_folder_of_their_own_the_whole_folder_is_the_gallery(trained, tmp_path):
+def test_where_queries_had_a_folder_of_their_own_their_copies_leave_the_gallery(trained, synthetic_photos, tmp_path):
     stored = Checkpoint.load(trained / "siamese.pt")
-    dataclasses.replace(stored, queries="/queries").save(tmp_path / "siamese.pt")
-    assert len(load("siamese", tmp_path).gallery) == 120
+    queries = tmp_path / "queries"
+    dataclasses.replace(stored, queries=str(queries)).save(tmp_path / "siamese.pt")
+    assert len(load("siamese", tmp_path).gallery) == 120  # the folder is gone
+    (queries / "cat").mkdir(parents=True)
+    assert len(load("siamese", tmp_path).gallery) == 120  # or empty
+    for path in sorted((synthetic_photos / "cat").iterdir())[:10]:
+        shutil.copy(path, queries / "cat")
+    shutil.copy(next((synthetic_photos / "dog").iterdir()), queries / "stray.jpg")  # of no class: no query
+    expected = load_split(synthetic_photos, str(queries), "test", 0, labelled=True).test.gallery
+    gallery = load("siamese", tmp_path).gallery
+    assert gallery.paths == expected.paths
+    assert len(gallery) == 110
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
