@@ -34,7 +34,7 @@ from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
 from common.report.run import Run, Task
 
-SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (5, 5)}  # (default, quick run)
+SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96)}  # (default, quick run)
 
 
 @dataclass

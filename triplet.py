@@ -34,7 +34,7 @@ from common.models.weights import UNTRAINED
 from common.report.run import Run, Task
 
 PHOTOS_PER_CLASS = 4  # of a class together in a batch, at least, where the class has them
-SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (5, 5)}  # (default, quick run)
+SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96)}  # (default, quick run)
 
 
 @dataclass

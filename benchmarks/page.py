@@ -20,6 +20,7 @@ from typing import Annotated
 
 import numpy as np
 
+from app import Config as PageConfig
 from app import load_engines
 from benchmarks import measure
 from common.config import Range, UserError, run_script
@@ -98,7 +99,8 @@ def serve(config: Config) -> subprocess.Popen:
 
 def main(config: Config) -> None:
     """Measures the page and the search engine itself; writes `benchmark_page.json`."""
-    engine = next(iter(load_engines(config).values()))
+    page_config = PageConfig(config.index, config.results, config.cache, config.device)
+    engine = next(iter(load_engines(page_config).values()))
     chosen = np.unique(np.linspace(0, len(engine.gallery) - 1, NUM_PHOTOS).astype(int))
     photos = [engine.gallery.path(index).read_bytes() for index in chosen]
     served = serve(config)

@@ -34,14 +34,12 @@ from common.device import choose_device, choose_precision
 from common.models.augment import HUE, JITTER
 from common.models.backbones import load_backbone, load_preprocessing
 from common.models.decoded import DecodedPhotos
-from common.models.losses import unsupervised_losses
-from common.models.preprocessing import Preprocessing
-from common.models.projection import ProjectedNetwork
+from common.models.heads import TwoHeadedNetwork
+from common.models.losses import structural_similarity, unsupervised_losses
+from common.models.preprocessing import Preprocessing, shrink
 from common.models.samplers import PKSampler
 from common.parallel import parallel_map
 from common.report.run import Run, Task
-
-FEATURE_DIM = 512  # of the random features to match
 
 
 @dataclass
@@ -122,25 +120,26 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
     own = replace(siamese.Config(), **run_fields(photos, config, folder))
     run = Run.begin("siamese", own, {})
 
-    def network() -> ProjectedNetwork:
+    def network() -> TwoHeadedNetwork:
         backbone = load_backbone(own.backbone, "none", own.image_size, own.pooling, own.whole_photo)
-        return ProjectedNetwork(backbone, own.embedding_dim)
+        return TwoHeadedNetwork(backbone, own.class_dim, own.detail_dim, own.detail_weight)
 
     preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
-    task = Task(True, functional.normalize(torch.randn(len(photos), FEATURE_DIM, device=run.device)))
-    step = partial(siamese.training_step, config=own, preprocessing=preprocessing, size=own.view_size, task=task)
+    targets = functional.normalize(torch.randn(len(photos), own.detail_dim, device=run.device))
+    task = Task(True, targets, targets)
 
     def seconds(decoded: DecodedPhotos) -> float:
         trained = network().to(run.device, memory_format=torch.channels_last)
+        step = partial(siamese.training_step, config=own, heads=trained, preprocessing=preprocessing, task=task)
         return run.train(trained, step, photos, decoded, {}, PKSampler(photos.labels, 2))[-1]["seconds"]
 
     def loss_fn(
         network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
-        embeddings = functional.normalize(network(torch.cat(views.unbind(1))))
+        classes, details = network.split(network(torch.cat(views.unbind(1))))
         margins = own.positive_margin, own.negative_margin
-        pairs = siamese.contrastive_loss(embeddings, labels.repeat(2), *margins, own.reduction)
-        return pairs + sum(unsupervised_losses(embeddings, task.targets[indices], own).values())
+        pairs = siamese.contrastive_loss(classes, labels.repeat(2), *margins, own.reduction)
+        return pairs + sum(unsupervised_losses(details, targets[indices], own).values())
 
     views = PlainViews(photos, preprocessing, 2, own.view_size, own.min_crop_area)
     decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
@@ -156,25 +155,36 @@ def autoencoder_contenders(photos: Photos, config: Config, folder: str) -> dict[
     own = replace(autoencoder.Config(), **run_fields(photos, config, folder))
     run = Run.begin("autoencoder", own, {})
     preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
-    features = torch.randn(len(photos), FEATURE_DIM, device=run.device)
+    targets = torch.randn(len(photos), own.semantic_dim, device=run.device)
+
+    def network() -> autoencoder.Autoencoder:
+        backbone = load_backbone(own.backbone, "none", own.image_size, own.pooling, own.whole_photo)
+        return autoencoder.Autoencoder(backbone, own)
+
+    step = partial(autoencoder.training_step, config=own, preprocessing=preprocessing, targets=targets)
 
     def seconds(decoded: DecodedPhotos) -> float:
-        return autoencoder.train_autoencoder(run, features, photos, decoded, {})[1][-1]["seconds"]
+        trained = network().to(run.device, memory_format=torch.channels_last)
+        return run.train(trained, step, photos, decoded, {})[-1]["seconds"]
 
     def loss_fn(
         network: nn.Module, views: torch.Tensor, photos: torch.Tensor, _: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
-        reconstruction, bottleneck = network(views[:, 0])
-        pixels = functional.mse_loss(reconstruction, photos)
-        return own.pixel_weight * pixels + own.feature_weight * functional.mse_loss(bottleneck, features[indices])
+        output, semantics = network(views[:, 0], photos, targets[indices])
+        originals = shrink(photos, own.output_size)
+        images = (preprocessing.denormalize(each) for each in (output, originals))
+        return (
+            own.pixel_weight * functional.mse_loss(output, originals)
+            + own.structure_weight * (1 - structural_similarity(*images).mean())
+            + own.feature_weight * (semantics - targets[indices]).square().sum(1).mean()
+        )
 
-    plain = autoencoder.Autoencoder(own.image_size, own.width, FEATURE_DIM).to(run.device)
     views = PlainViews(photos, preprocessing, 1, own.view_size, own.min_crop_area)
     decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
     return {
         "ours": lambda: seconds(decoded),
         "limit": lambda: seconds(random),
-        "plain_loop": plain_loop(plain, views, loss_fn, own),
+        "plain_loop": plain_loop(network().to(run.device), views, loss_fn, own),
     }
 
 

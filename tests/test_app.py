@@ -245,4 +245,7 @@ def test_the_query_region_around_a_click():
 def test_nothing_trained_yet(run_script):
     ended = run_script("app.py")
     assert ended.returncode == 2
-    assert "there is no checkpoint in results: train an approach first, with python siamese.py" in ended.stderr
+    assert (
+        "there is no checkpoint in results: name a folder to search with --index, or train an approach first"
+        in ended.stderr
+    )

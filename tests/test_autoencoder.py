@@ -56,14 +56,15 @@ def test_without_details_a_reconstruction_is_that_of_the_principal_components(ne
     torch.manual_seed(1)
     photos = torch.rand(40, 3, 32, 32)
     network.init_appearance(photos)
-    network.decoder.details = torch.nn.Module()
-    network.decoder.details.forward = lambda codes: 0
-    codes = network.encoder.appearance(photos)
-    assert codes.square().sum(1).mean().sqrt() == pytest.approx(0.5, rel=1e-4)  # the weight of appearance
+    network.decoder.refine = torch.nn.Module()
+    network.decoder.refine.forward = lambda maps: 0
+    appearance = network.encoder.appearance(photos)
+    assert appearance.square().sum(1).mean().sqrt() == pytest.approx(0.5, rel=1e-4)  # the weight of appearance
     flat = photos.flatten(1)
     mean, directions = principal_components(flat, 12, 0)
     unit = torch.nn.functional.normalize(directions)
     expected = mean + (flat - mean) @ unit.T @ unit
+    codes = torch.cat([appearance, torch.zeros(40, 8)], 1)
     assert torch.allclose(network.decoder(codes).flatten(1), expected, atol=1e-4)
 
 

@@ -193,7 +193,7 @@ def test_from_the_shell(run_script, trained, tmp_path):
     written = (tmp_path / "results" / "comparison.md").read_text(encoding="utf-8")
     assert written in ended.stdout
     assert "[siamese](siamese.py) (synthetic images, untrained weights)" in written
-    assert "[autoencoder](autoencoder.py) (synthetic images) " in written  # it learns without weights
+    assert "[autoencoder](autoencoder.py) (synthetic images, untrained weights)" in written
     for name in ("siamese", "autoencoder", "cnn_feature_extraction"):
         with Image.open(tmp_path / "results" / f"{name}.map.png") as picture:
             assert picture.width > 200

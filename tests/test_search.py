@@ -32,9 +32,12 @@ def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
     ("arguments", "message"),
     [
         ((), "name a photo to search with: python search.py my_photo.jpg"),
-        (("missing.jpg",), "there is no checkpoint in results: train an approach first, with python siamese.py"),
+        (("missing.jpg",), "there is no checkpoint in results: name a folder to search with --index, or train"),
         (("a.jpg", "-k", "0"), "k is 0: give a value from 1 to"),
-        (("a.jpg", "--approach", "magic"), "there is no checkpoint in results"),
+        (
+            ("a.jpg", "--approach", "magic"),
+            "there is no results/magic.pt: run python magic.py first",
+        ),
     ],
 )
 def test_one_clear_sentence(run_script, arguments, message):
