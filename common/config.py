@@ -146,11 +146,8 @@ def run_script(main: Callable[[Any], Any], config_class: type, description: str 
         print("error: " + (f"{error.filename}: " if error.filename else "") + str(error.strerror), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "stopped: no result was written. What was embedded so far is cached for the next run; --resume continues "
-            "after the last complete epoch",
-            file=sys.stderr,
-        )
+        hint = ": --resume continues after the last complete epoch" if issubclass(config_class, RunConfig) else ""
+        print(f"stopped{hint}", file=sys.stderr)
         sys.exit(130)
 
 
