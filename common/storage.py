@@ -43,6 +43,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def cache_folder(name: str) -> Path | None:
+    """The folder called `name`; None for "none"."""
+    return None if name == "none" else Path(name)
+
+
 def require_writable(folder: Path) -> None:
     """Makes `folder` and a temporary file in it; raises `UserError` where that fails."""
     try:
