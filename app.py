@@ -22,7 +22,7 @@ from common.data.decode import UnreadablePhotoError, decode_photo
 from common.extras import require
 from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult, load_available, load_engine
 from common.retrieval.metrics import majority_vote
-from common.storage import atomic_write
+from common.storage import atomic_write, cache_folder
 
 ALL = "all side by side"
 NUM_EXAMPLES = 6  # photos to begin with
@@ -61,7 +61,7 @@ class Config:
 
 def load_engines(config: Config) -> dict[str, SearchEngine]:
     """An engine for each approach that has a usable checkpoint, or for the pre-trained network if none has any."""
-    results, cache = Path(config.results), None if config.cache == "none" else Path(config.cache)
+    results, cache = Path(config.results), cache_folder(config.cache)
     pretrained = config.backbone, config.weights
 
     def load(approach: str) -> SearchEngine:

@@ -38,7 +38,7 @@ from common.report.comparison_plot import BASELINES, draw_comparison, remarks
 from common.report.maps import draw_map
 from common.retrieval.engine import load_available, load_embedder
 from common.retrieval.protocol import raw_pixel_embedder
-from common.storage import atomic_write
+from common.storage import atomic_write, cache_folder
 
 QUALITY = ("precision@5", "recall@100", "accuracy@5", "map@100", "instance_hit_rate@1")
 
@@ -175,7 +175,7 @@ def spread(results: dict[str, Result]) -> str:
 
 def map_of(approach: str, config: Config) -> Image.Image:
     """Some queries of an approach, those with similar embeddings side by side."""
-    cache = None if config.cache == "none" else Path(config.cache)
+    cache = cache_folder(config.cache)
     embedder, checkpoint = load_embedder(approach, import_module, Path(config.results), cache, "auto")
     split, seed = checkpoint.config["split"], checkpoint.config["seed"]
     baseline = raw_pixel_embedder(cache)  # leaves out what can't be decoded, as the run did

@@ -33,7 +33,7 @@ from common.retrieval.engine import (
     load_pretrained,
     read_queries,
 )
-from common.storage import atomic_write
+from common.storage import atomic_write, cache_folder
 
 MAX_ROWS = 12  # queries in the picture
 
@@ -126,7 +126,7 @@ def main(config: Config) -> None:
     """
     if not config.photos:
         raise UserError("name a photo to search with: python search.py my_photo.jpg")
-    cache = None if config.cache == "none" else Path(config.cache)
+    cache = cache_folder(config.cache)
     results = Path(config.results)
     needs_gallery = not (config.index or config.pairs)
     approach = config.approach if config.approach != "auto" else available_approaches(results, needs_gallery)[0]

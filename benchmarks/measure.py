@@ -24,7 +24,7 @@ from common.report.environment import current_commit, describe_environment
 from common.report.plots import load_pyplot
 from common.report.result_file import write_json
 from common.retrieval.exact import normalize
-from common.storage import atomic_write
+from common.storage import atomic_write, cache_folder
 
 PAUSE = 0.2  # seconds before each contender, in which the threads of the one before go to sleep
 NOISE = 0.5  # length of the noise added to a unit vector to make another one
@@ -103,7 +103,7 @@ def load(config: Any) -> tuple[Embedder, Photos]:
     shape = own.image_size, own.pooling, own.whole_photo
     untrained_if_missing = is_synthetic(folder)
     network, preprocessing, *_ = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing)
-    embedder = Embedder(network, preprocessing, choose_device(config.device), cache=Path(config.cache))
+    embedder = Embedder(network, preprocessing, choose_device(config.device), cache=cache_folder(config.cache))
     return embedder, load_photos(folder, [embedder], "embedding the photos")
 
 

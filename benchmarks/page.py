@@ -36,7 +36,7 @@ class Config:
 
     index: str = ""  # a folder of photos to search; empty: the gallery that each approach was trained on
     results: str = "results"  # the folder with the checkpoints; the result file goes there
-    cache: str = "data/.cache"  # a folder that keeps embeddings
+    cache: str = "data/.cache"  # a folder that keeps embeddings, or "none"
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
     port: Annotated[int, Range(1, 65_535)] = 7869  # of the page meanwhile
     clients: Annotated[int, Range(1, 1000)] = 8  # at once

@@ -29,7 +29,7 @@ class Config:
     backbone: str = "squeezenet1_1"  # any classification network of torchvision
     weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
-    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run
+    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
     queries: Annotated[int, Range(1, 1e6)] = 200  # in a round
     repeats: Annotated[int, Range(1, 1000)] = 5  # of the whole and of each part
 

@@ -36,7 +36,7 @@ class Config:
     backbone: str = "squeezenet1_1"  # any classification network of torchvision
     weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
     device: str = "auto"  # of the network; the search is on the CPU
-    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run
+    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
     sizes: str = "1000 10000 100000 1000000"  # of the gallery, photos
     queries: Annotated[int, Range(1, 1e6)] = 2000  # at once, fewer for large galleries
     k: Annotated[int, Range(1, 1e6)] = 5  # neighbours of a query

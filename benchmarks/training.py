@@ -50,7 +50,7 @@ class Config:
     results: str = "results"  # folder of the result file
     backbone: str = "squeezenet1_1"  # any classification network of torchvision; speed does not depend on its weights
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
-    cache: str = "data/.cache"  # a folder for the decoded photos
+    cache: str = "data/.cache"  # a folder for the decoded photos, or "none"
     photos: Annotated[int, Range(2, 1e6)] = 512  # in an epoch
     repeats: Annotated[int, Range(1, 1000)] = 5  # epochs of each contender, after one to warm up
 

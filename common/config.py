@@ -69,8 +69,8 @@ def parse_config(config_class: type[ConfigT], description: str, arguments: list[
 
     Every field needs a default. Its type (int, float, str, bool or a Literal) checks the flag, `Annotated[..., Range]`
     limits it, and the comment behind it is its help text. A tuple[str, ...] takes any number of values: the positional
-    arguments, or in a `RunConfig` those behind its flag. The names of the flags that were given are kept for
-    `apply_overrides`. `arguments` are those of the command line by default.
+    arguments, with all that follows "--", or in a `RunConfig` those behind its flag. The names of the flags that were
+    given are kept for `apply_overrides`. `arguments` are those of the command line by default.
 
     Raises:
         UserError: a value out of its range, or a flag that is called differently now.
@@ -81,16 +81,22 @@ def parse_config(config_class: type[ConfigT], description: str, arguments: list[
     )
     comments = field_comments(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    positional = ""
     for name, field in fields.items():
         kind, _ = _type_and_range(config_class, name)
         if typing.get_origin(kind) is tuple and not issubclass(config_class, RunConfig):
+            positional = name
             parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, help=comments.get(name))
             continue
         flags = dict.fromkeys(("--" + name.replace("_", "-"), "--" + name, *(["-" + name] if len(name) == 1 else [])))
         meaning = f"{comments.get(name, '')} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument(*flags, default=argparse.SUPPRESS, help=meaning, **_parsing(kind))
-    _refuse_renamed(sys.argv[1:] if arguments is None else arguments, fields.keys())
-    given = vars(parser.parse_intermixed_args(arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    end = arguments.index("--") if positional and "--" in arguments else len(arguments)  # argparse forgets it
+    _refuse_renamed(arguments[:end], fields.keys())
+    given = vars(parser.parse_intermixed_args(arguments[:end]))
+    if rest := arguments[end + 1 :]:
+        given[positional] = [*given.get(positional, []), *rest]
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = config_class(**given)
     check_ranges(config)
@@ -148,11 +154,8 @@ def run_script(main: Callable[[Any], Any], config_class: type, description: str 
         print("error: " + (f"{error.filename}: " if error.filename else "") + str(error.strerror), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "stopped: no result was written. What was embedded so far is cached for the next run; --resume continues "
-            "after the last complete epoch",
-            file=sys.stderr,
-        )
+        hint = ": --resume continues after the last complete epoch" if issubclass(config_class, RunConfig) else ""
+        print(f"stopped{hint}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -43,6 +43,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def cache_folder(name: str) -> Path | None:
+    """The folder called `name`; None for "none"."""
+    return None if name == "none" else Path(name)
+
+
 def require_writable(folder: Path) -> None:
     """Makes `folder` and a temporary file in it; raises `UserError` where that fails."""
     try:
@@ -183,14 +188,19 @@ class RowCache:
 
 
 def _open(path: Path, record: np.dtype, mmap: bool) -> np.ndarray | None:
-    """The records in a segment; None where it is damaged or not a segment of such records."""
+    """The records in a segment; None where it is damaged or not a segment of such records. If old, that is removed."""
     try:
         with path.open("rb") as stream:
             records = np.lib.format.open_memmap(path, mode="r") if mmap else np.lib.format.read_array(stream)
         intact = records.dtype == record and records.ndim == 1 and (mmap or _checksum(records) == path.name[:8])
-    except Exception:  # numpy raises whatever a damaged header leads to
+    except (OSError, MemoryError):  # says nothing about the file
         return None
-    return records if intact else None
+    except Exception:  # numpy raises whatever a damaged header leads to
+        intact = False
+    if intact:
+        return records
+    _remove_stale(path.parent, path.name)
+    return None
 
 
 def _checksum(records: np.ndarray) -> str:

@@ -30,7 +30,7 @@ CASES = {  # name: (arguments, ratios)
         ("--weights", "none", "--sizes", "200"),
         {f"{side}_200_top{k}" for side in ("faiss", "scikit_learn", "usearch", "limit") for k in (5, 100)},
     ),
-    "query_latency": (("--weights", "none", "--queries", "5"), {"limit"}),
+    "query_latency": (("--weights", "none", "--queries", "5", "--cache", "none"), {"limit"}),
     "scaling": (
         ("--weights", "none", "--sizes", "200 400"),
         {"linear_build_400", "linear_search_400", "linear_latency_400"},
@@ -66,6 +66,7 @@ def test_a_benchmark(run_benchmark, tmp_path, name):
     for ratio in result["ratios"].values():
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert (tmp_path / "results" / f"benchmark_{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "none").exists()
     if name == "exact_search":
         assert all(case["largest_difference_in_similarity"] < 2e-6 for case in result["agreement_with_faiss"].values())
 

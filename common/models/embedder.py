@@ -24,6 +24,7 @@ from common.parallel import parallel_map
 from common.storage import RowCache
 
 LoadImages = Callable[[np.ndarray], np.ndarray]  # int [B] -> uint8 [B, S, S, 3]
+PROBE = np.array([b"probe"], "S64")  # in place of a photo's SHA-256
 CPU_BATCH, GPU_BATCH = 8, 256  # photos; larger batches exceed the caches of a CPU
 
 
@@ -49,12 +50,32 @@ class Embedder:
         self.precision = choose_precision(device)
         self.lock = nullcontext() if on_cpu else Lock()  # a device other than the CPU takes one batch at a time
         self.network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dim = self.embed_images([Image.new("RGB", (8, 8))]).shape[1]
+        size = preprocessing.crop
+        noise = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+        (probe,) = self.embed_batch(noise)
+        self.dim = len(probe)
         self.decoded = decoded or DecodedPhotos(preprocessing, None)
         versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
         seen = f"{preprocessing}, {preprocessing.pixels}"
         key = f"embeddings, {network_digest(network)}, {seen}, {self.precision} on {device.type}, {versions}"
-        self.rows = RowCache(cache, key, (self.dim,), np.float32)
+        self.rows = self._open_cache(cache, key, probe)
+
+    def _open_cache(self, folder: Path | None, key: str, probe: np.ndarray) -> RowCache:
+        """The embeddings of networks of this key that also embed a fixed image as this one does, float32 [D].
+
+        The key does not tell what a network's forward() computes. A hash of the probe would, but it would also tell
+        numbers of threads and processors, which round differently: so the probe is a row of the cache and is compared.
+        """
+        tolerance = 1e-4 if self.precision == torch.float32 else 1e-2
+        number = 0
+        while True:
+            rows = RowCache(folder, f"{key}, forward {number}", (self.dim,), np.float32)
+            stored, is_known = rows.get(PROBE)
+            if folder and not is_known.any():
+                rows.put(PROBE, probe[None])
+            if not is_known.any() or np.abs(stored - probe).max() < tolerance:
+                return rows
+            number += 1
 
     def lacks(self, sha256: np.ndarray) -> np.ndarray:
         """bool [N]: which of the photos 'S64' [N] it has not embedded yet."""

@@ -38,7 +38,7 @@ from common.retrieval.protocol import (
     score_chance,
     with_intervals,
 )
-from common.storage import atomic_write, require_writable
+from common.storage import atomic_write, cache_folder, require_writable
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 SAMPLE = 256  # photos from whose features untrained heads start
@@ -81,7 +81,7 @@ class Run(Generic[ConfigT]):
         if is_synthetic(folder):
             config = apply_overrides(config, synthetic_overrides)
         torch.manual_seed(config.seed)  # for initial weights; all else that is random has a generator of its own
-        cache = None if config.cache == "none" else Path(config.cache)
+        cache = cache_folder(config.cache)
         return cls(approach, config, folder, device, cache, raw_pixel_embedder(cache), commit, started)
 
     @property

@@ -70,6 +70,9 @@ class Positional:
 def test_positional_arguments_and_a_flag_of_one_letter():
     assert parse_config(Positional, "", ["a.jpg", "-k", "3", "b.jpg"]) == Positional(("a.jpg", "b.jpg"), 3)
     assert parse_config(Positional, "", ["--k", "3"]) == Positional((), 3)
+    assert parse_config(Positional, "", ["--", "-dash.jpg", "--k"]) == Positional(("-dash.jpg", "--k"))
+    assert parse_config(Positional, "", ["a.jpg", "-k", "3", "--", "-b.jpg"]) == Positional(("a.jpg", "-b.jpg"), 3)
+    assert parse_config(Positional, "", ["a.jpg", "--"]) == Positional(("a.jpg",))
 
 
 @pytest.mark.parametrize(

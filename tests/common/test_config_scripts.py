@@ -140,7 +140,7 @@ def test_the_recorded_defaults_are_those_of_the_script(script):
     ("raised", "code", "message"),
     [
         (UserError("x.jpg is broken: remove it"), 2, "error: x.jpg is broken: remove it\n"),
-        (KeyboardInterrupt(), 130, "stopped"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
 def test_what_a_user_can_fix_becomes_one_line(monkeypatch, capsys, raised, code, message):
@@ -155,6 +155,16 @@ def test_what_a_user_can_fix_becomes_one_line(monkeypatch, capsys, raised, code,
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+def test_an_interrupted_run_can_be_resumed(monkeypatch, capsys):
+    def main(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit, match="130"):
+        run_script(main, RunConfig, "")
+    assert capsys.readouterr().err == "stopped: --resume continues after the last complete epoch\n"
 
 
 def test_a_value_out_of_range_becomes_one_line(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Segments of a RowCache that can't be used."""
 
+import os
+import time
 import zlib
 from pathlib import Path
 
@@ -91,6 +93,27 @@ def test_a_damaged_or_foreign_segment_is_ignored(tmp_path, spoil, mmap):
         assert stored(cache, "a", "b", "c") == [None, None, 2]
         cache.put(keys("a", "b"), rows(0, 1))
     assert stored(open_cache(tmp_path, mmap=mmap), "a", "b", "c") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("spoil", [damaged, with_a_damaged_header, of_another_type])
+def test_a_damaged_segment_is_removed_when_it_is_old(tmp_path, spoil):
+    spoil(fill(tmp_path, "a", "b"))
+    (segment,) = segments(tmp_path)
+    open_cache(tmp_path)
+    assert segments(tmp_path) == [segment]  # perhaps not written completely yet
+    long_ago = time.time() - storage.STALE_SECONDS - 10
+    os.utime(segment, (long_ago, long_ago))
+    open_cache(tmp_path)
+    assert segments(tmp_path) == []
+
+
+def test_an_old_segment_that_cannot_be_read_for_the_moment_stays(tmp_path, monkeypatch):
+    segment = fill(tmp_path, "a")
+    os.utime(segment, (0, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(np.lib.format, "read_array", lambda _: (_ for _ in ()).throw(MemoryError))
+        assert stored(open_cache(tmp_path), "a") == [None]
+    assert stored(open_cache(tmp_path), "a") == [0]
 
 
 def test_a_segment_under_a_name_of_other_content_is_ignored(tmp_path):

@@ -164,6 +164,23 @@ def test_another_network_or_preprocessing_has_embeddings_of_its_own(photos, embe
     assert len(list(tmp_path.iterdir())) == len(combinations)
 
 
+def test_a_network_whose_forward_computes_something_else_has_embeddings_of_its_own(photos, embedder, tmp_path):
+    """Neither its layers nor its weights tell."""
+
+    class Shifted(torch.nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.network, self.shift = embedder.network, shift
+
+        def forward(self, images):
+            return self.network(images + self.shift)
+
+    for shift, is_new in ((0, True), (1, True), (1e-7, False), (1, False)):  # rounding makes no difference
+        each = Embedder(Shifted(shift), embedder.preprocessing, CPU, cache=tmp_path)
+        assert each.lacks(photos.sha256).all() == is_new
+        each.embed_photos(photos)
+
+
 def test_cache_keys_follow_versions_and_precision(new_embedder, monkeypatch):
     keys = {new_embedder().rows.key}
     assert {new_embedder().rows.key} == keys
