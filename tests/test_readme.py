@@ -10,7 +10,7 @@ from torchvision import models
 
 from common.config import parse_config
 from common.report.comparison import read_results
-from common.report.result_file import SUMMARY, summary
+from common.report.result_file import SCHEMA, SUMMARY, summary
 from compare import table
 from tests.conftest import ROOT
 
@@ -78,6 +78,9 @@ def test_the_claims_are_those_of_the_reference_runs():
 )
 def test_the_docstrings_are_those_of_the_reference_runs(script, metrics):
     text, result = (ROOT / f"{script}.py").read_text(encoding="utf-8"), REFERENCE[script]
+    if result["schema"] < SCHEMA:  # of another version of the script, which has no figures yet
+        assert "Measured" not in text
+        return
     for metric in metrics:
         assert f"{result['metrics'][metric]['value']:.3f}" in text
     assert f"{result['timing']['train_seconds'] / 60:.0f} minutes" in text
@@ -119,14 +122,14 @@ def test_the_output_shown_is_of_the_program():
     )
     expected = summary(REFERENCE["cnn_feature_extraction"]).strip("\n").splitlines()
     assert online.splitlines() == [line.rstrip() for line in expected]
-    assert re.findall(r"^(\w+(?:@\w+)?) +\d\.\d{3}  \d", offline, re.MULTILINE) == list(SUMMARY)
+    assert re.findall(r"^(\w+(?:@\w+)?) +\d\.\d{3,4}  \d", offline, re.MULTILINE) == list(SUMMARY)
 
 
 def test_files_and_flags_that_are_named_exist(capsys):
     for page, text in PAGES.items():
         for name in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / page).parent.joinpath(name).exists(), (page, name)
-    for script in ("cnn_feature_extraction", "autoencoder", "siamese", "compare", "search", "app"):
+    for script in ("cnn_feature_extraction", "autoencoder", "siamese", "triplet", "compare", "search", "app"):
         with pytest.raises(SystemExit):
             parse_config(import_module(script).Config, "", ["--help"])
     told = capsys.readouterr().out
