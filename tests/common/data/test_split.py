@@ -11,7 +11,7 @@ from common.data.split import Split, describe, fingerprint, group_by_class, hold
 from tests.common.data.files import DecodingConsumer, image_of, many, tree
 
 
-def gallery_and_queries(*arguments, **options):
+def load_test_set(*arguments, **options):
     found = load_split(*arguments, **options)
     return found.test.gallery, found.test.queries
 
@@ -94,15 +94,15 @@ def test_a_class_never_vanishes_from_the_gallery(tmp_path):
 
 def test_validation_is_cut_from_the_gallery(tmp_path):
     folder = many(tmp_path, 50)
-    gallery, queries = gallery_and_queries(folder, "", "test", 0)
-    smaller, validation = gallery_and_queries(folder, "", "validation", 0)
+    gallery, queries = load_test_set(folder, "", "test", 0)
+    smaller, validation = load_test_set(folder, "", "validation", 0)
     assert sorted(smaller.paths + validation.paths) == gallery.paths
     assert np.bincount(validation.labels).tolist() == [4, 4]  # round(4.5)
     assert not set(validation.paths) & set(queries.paths)
 
 
 def test_what_is_held_out_for_choices_is_a_part_of_the_validation_queries(tmp_path, monkeypatch):
-    gallery, _ = gallery_and_queries(many(tmp_path, 50), "", "test", 0)
+    gallery, _ = load_test_set(many(tmp_path, 50), "", "test", 0)
     _, validation = split_photos(gallery, 0, "validation")
     to_train, held_out = hold_out(gallery, 0)
     assert held_out.paths == validation.paths
@@ -132,14 +132,14 @@ def test_queries_from_another_folder(tmp_path):
     Image.new("RGB", (8, 8), "blue").save(other / "new.png")
     (other / "known.png").write_bytes((folder / "b" / "3.png").read_bytes())
     consumer = DecodingConsumer()
-    gallery, queries = gallery_and_queries(folder, str(tmp_path / "queries"), "test", 0, [consumer])
+    gallery, queries = load_test_set(folder, str(tmp_path / "queries"), "test", 0, [consumer])
     assert queries.paths == ["b/known.png", "b/new.png"]
     assert queries.labels.tolist() == [1, 1]  # of the gallery's classes
     assert queries.classes == gallery.classes == ["a", "b"]
     assert len(gallery) == 19  # the known one is not found in place of itself
     assert "b/3.png" not in gallery.paths
     assert len(consumer.received) == 21  # each content once
-    smaller, validation = gallery_and_queries(folder, str(tmp_path / "queries"), "validation", 0)
+    smaller, validation = load_test_set(folder, str(tmp_path / "queries"), "validation", 0)
     assert sorted(smaller.paths + validation.paths) == gallery.paths  # the queries stay unseen
 
 
