@@ -9,6 +9,10 @@ all other views in the batch (InfoNCE, van den Oord et al. 2018).
 
     python siamese.py
     python siamese.py --view-weight 0 --feature-weight 0 --detail-weight 0     # Hadsell et al.: class pairs only
+
+Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on one core of an Intel Xeon in
+float32: precision@5 0.972 and instance_hit_rate@1_crop 0.916 after 33 minutes of training, and recall@1 by dog breed
+0.454, where the pre-trained network has 0.944, 0.799 and 0.465 (results/reference/protocol2/siamese.json).
 """
 
 from collections.abc import Callable
@@ -63,7 +67,7 @@ class Config(RunConfig):
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 5  # passes over the training photos
+    epochs: Annotated[int, Range(0, 100_000)] = 3  # passes over the training photos
     batch_size: Annotated[int, Range(2, 65_536)] = (
         64  # photos per step; the contrastive loss is over every pair of their views
     )

@@ -49,10 +49,13 @@ def cache_folder(name: str) -> Path | None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes `folder` and a temporary file in it; raises `UserError` where that fails."""
+    """Makes `folder` and a file in it, and removes what it made; raises `UserError` where that fails."""
+    existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if not existed:
+            folder.rmdir()
     except OSError as error:
         raise UserError(f"the folder {folder} can't be written to ({error.strerror}): name another") from error
 
