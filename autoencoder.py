@@ -10,12 +10,11 @@ parts, and the decoder sees both and nothing else:
   that it gave the whole photo before (a denoising autoencoder on features: Vincent et al. 2008; Romero et al. 2015), so
   that crop, mirroring and lighting barely change them
 
-In the search both count, appearance little (`appearance_weight`). The labels of the photos are not used; the CNN was
-pre-trained with labels of other photos (ImageNet). `--feature-weight 0` starts from random weights and learns from
-pixels alone.
+In the search appearance counts little (`appearance_weight`). The labels of the photos are not used; the CNN was
+pre-trained with those of other photos (ImageNet).
 
     python autoencoder.py
-    python autoencoder.py --feature-weight 0     # pixels alone
+    python autoencoder.py --feature-weight 0     # pixels alone, from random weights
 """
 
 from collections.abc import Callable
@@ -117,9 +116,11 @@ class Decoder(nn.Module):
             *(nn.Linear(appearance_dim + semantic_dim, width * maps**2), nn.Unflatten(1, (width, maps, maps))),
             nn.Upsample(scale_factor=2),
         )
+        last = nn.Conv2d(width, 3 * 4**2, 3, padding=1)
+        nn.init.zeros_(last.weight)  # at first nothing is refined
         self.refine = nn.Sequential(
             *(conv3x3(width + 3 * 4**2, width), ResidualBlock(width, width, 1), ResidualBlock(width, width, 1)),
-            *(nn.Conv2d(width, 3 * 4**2, 3, padding=1), nn.PixelShuffle(4)),  # Shi et al. 2016
+            *(last, nn.PixelShuffle(4)),  # Shi et al. 2016
         )
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
@@ -217,7 +218,6 @@ def main(config: Config) -> Path:
     step = partial(training_step, config=config, preprocessing=backbone.preprocessing, targets=targets)
     model = {"backbone": config.backbone, "weights": backbone.weights}
     history = run.train(network, step, split.train, decoded, model)
-
     embedder = run.embedder(network.encoder, decoded)
     evaluation = run.evaluate(embedder, split)
     dim = config.appearance_dim + config.semantic_dim
