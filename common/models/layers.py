@@ -33,17 +33,6 @@ class GeM(nn.Module):
         return moment.sign() * moment.abs().clamp(min=1e-12).pow(1 / self.p)  # the root has infinite slope at 0
 
 
-class ForceFloat32(nn.Sequential):
-    """Layers computed in float32 even where the layers before are computed in 16 bits, whose precision would make
-    different photos tie.
-    """
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[B, C] -> what the last layer returns."""
-        with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features.float())
-
-
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, batch normalization, ReLU."""
     convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)

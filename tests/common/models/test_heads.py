@@ -75,3 +75,16 @@ def test_both_heads_start_from_the_features(embedder):
         targets = network.init_heads(features, 0.25)
         _, details = network.split(network(batch))
     assert torch.allclose(details, targets, atol=1e-4)
+
+
+def test_a_head_computes_in_float32_among_layers_in_16_bits(features):
+    torch.manual_seed(0)
+    head = FeatureHead(6, 4)
+    with torch.inference_mode():
+        exact = head(features)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head.linear(features).dtype == torch.bfloat16
+            assert torch.equal(head(features), exact)
+            rounded = head(features.bfloat16())
+    assert rounded.dtype == torch.float32
+    assert torch.allclose(rounded, exact, atol=0.05)

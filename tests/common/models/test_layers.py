@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.models.layers import ForceFloat32, GeM
+from common.models.layers import GeM
 
 
 def test_gem_by_hand():
@@ -27,16 +27,3 @@ def test_gem_is_exact_in_bfloat16():
 
 def test_gem_names_its_exponent():
     assert repr(GeM(2.5)) == "GeM(p=2.5)"
-
-
-def test_force_float32_computes_in_float32_among_layers_in_16_bits():
-    torch.manual_seed(0)
-    layer, vectors = torch.nn.Linear(64, 32), torch.randn(8, 64)
-    with torch.inference_mode():
-        exact = layer(vectors)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(vectors).dtype == torch.bfloat16
-            assert torch.equal(ForceFloat32(layer)(vectors), exact)
-            rounded = ForceFloat32(layer)(vectors.bfloat16())
-    assert rounded.dtype == torch.float32
-    assert torch.allclose(rounded, exact, atol=0.05)
