@@ -2,10 +2,11 @@
 
 A network trained to classify the 1,000 classes of ImageNet has learned what things look like. Without its classifier,
 its last feature maps, pooled over the photo, map similar photos to nearby points (Razavian et al. 2014, CNN Features
-off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning adds two heads, whose outputs are the embedding
-together: one learns to classify the gallery's own classes; the other keeps the pre-trained features (Romero et al.
-2015, FitNets) and matches two augmented views of a photo among those of others (InfoNCE, van den Oord et al. 2018). The
-scores before fine-tuning stand beside those after it in the result file.
+off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning adds a head for each level of similarity, whose
+outputs are the embedding together: one learns to classify the gallery's own classes; one keeps what the network's own
+classifier said (Hinton et al. 2015, Distilling the Knowledge in a Neural Network); one keeps the pre-trained features
+(Romero et al. 2015, FitNets) and matches two augmented views of a photo among those of others (InfoNCE, van den Oord et
+al. 2018). The scores before fine-tuning stand beside those after it in the result file.
 
     python cnn_feature_extraction.py
     python cnn_feature_extraction.py --epochs 0       # pre-trained features, no fine-tuning
@@ -24,10 +25,10 @@ from torch.nn import functional
 
 from common.config import Range, RunConfig, UserError, run_script
 from common.models.augment import random_views
-from common.models.backbones import load_backbone, rebuild_backbone, require_view_size
-from common.models.checkpoint import Checkpoint, strip_prefix
+from common.models.backbones import load_backbone, require_view_size
+from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.heads import TwoHeadedNetwork
+from common.models.heads import MultiLevelNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.training import Batch, Losses
@@ -49,15 +50,17 @@ class Config(RunConfig):
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
 
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
-    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that keeps what the labels don't name
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: one head for all
+    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
+    kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
+    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
 
     # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
     scale: Annotated[float, Range(0.1, 1000)] = 16.0  # of the cosines, an inverse temperature: larger is sharper
-    view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
-    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping the pre-trained features; 0: they may be lost
-    whitening: Annotated[float, Range(0, 1)] = 0.25  # of these features: how far their variances are made equal
+    view_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
+    temperature: Annotated[float, Range(0.001, 10)] = 0.05  # of InfoNCE: a lower one puts more weight on hard negatives
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping what the network saw before; 0: it may be lost
+    whitening: Annotated[float, Range(0, 1)] = 0.5  # of what to keep: how far their variances are made equal
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
@@ -88,15 +91,15 @@ class CosineClassifier(nn.Module):
 class FineTunedCNN(nn.Module):
     """An embedding network with a classifier, which is discarded after training."""
 
-    def __init__(self, network: TwoHeadedNetwork, num_classes: int, scale: float) -> None:
+    def __init__(self, network: MultiLevelNetwork, num_classes: int, scale: float) -> None:
         super().__init__()
         self.network = network
         self.classifier = CosineClassifier(network.class_head.linear.out_features, num_classes, scale)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bx3xSxS -> (details BxD, logits BxK)"""
-        classes, details = self.network.split(self.network(images))
-        return details, self.classifier(classes)
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bx3xSxS -> (kinds BxK, details BxD, logits BxL)"""
+        classes, kinds, details = self.network.split(self.network(images))
+        return kinds, details, self.classifier(classes)
 
 
 def training_step(
@@ -105,19 +108,16 @@ def training_step(
     """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
     views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
-    details, logits = network(preprocessing.normalize(torch.cat(views)))  # VBxD, VBxK
-    losses = unsupervised_losses(details, None if targets is None else targets[batch.indices], config)
+    kinds, details, logits = network(preprocessing.normalize(torch.cat(views)))  # VBxK, VBxD, VBxL
+    losses = unsupervised_losses(kinds, details, None if targets is None else targets[batch.indices], config)
     losses["cross_entropy"] = functional.cross_entropy(logits, batch.labels.repeat(num_views))
     return losses
 
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     """The network that embeds: Bx3xSxS -> BxD, the pre-trained features if it was not trained."""
-    config, state = checkpoint.config, strip_prefix("network.", checkpoint.network)
-    backbone = rebuild_backbone(config, checkpoint.model["weights"])
-    network = TwoHeadedNetwork(backbone, config["class_dim"], config["detail_dim"], config["detail_weight"])
-    network.load_state_dict(state)
-    return network if config["epochs"] else network.backbone
+    network = MultiLevelNetwork.from_checkpoint(checkpoint, "network.")
+    return network if checkpoint.config["epochs"] else network.backbone
 
 
 def main(config: Config) -> Path:
@@ -136,10 +136,11 @@ def main(config: Config) -> Path:
             f"{run.folder} has one class only, but fine-tuning learns to tell classes apart: use the features as they "
             "are with --epochs 0, or train on views alone with python siamese.py"
         )
-    task = run.prepare_training(frozen, backbone.weights, split, views_alone=True)
+    kinds = config.epochs > 0 and config.kind_weight > 0
+    task = run.prepare_training(frozen, backbone.weights, split, views_alone=True, kinds=kinds)
 
-    embedding_network = TwoHeadedNetwork(backbone, config.class_dim, config.detail_dim, config.detail_weight)
-    targets = embedding_network.init_heads(task.features, config.whitening).to(run.device)
+    embedding_network = MultiLevelNetwork(backbone, config, task.num_kinds)
+    targets = embedding_network.init_heads(task.features, task.kinds, config.whitening).to(run.device)
     network = FineTunedCNN(embedding_network, len(split.train.classes), config.scale)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     keep = None if backbone.weights == UNTRAINED else targets

@@ -3,16 +3,16 @@
 Two branches that share their weights see two photos; similar ones are pulled together, dissimilar ones pushed apart
 (Hadsell, Chopra and LeCun 2006, Dimensionality Reduction by Learning an Invariant Mapping). Trained on class labels
 alone, it collapses each class into a point, and the nearest photos no longer look like the query. So the network has
-two heads, whose outputs are the embedding together: pairs of a class train one; the other keeps the features of the
-pre-trained network (Romero et al. 2015, FitNets), while two augmented views of a photo must identify each other among
-all other views in the batch (InfoNCE, van den Oord et al. 2018).
+a head for each level of similarity, whose outputs are the embedding together:
+
+- class: pairs of a class
+- kind: what the pre-trained network's own classifier said (Hinton et al. 2015, Distilling the Knowledge in a Neural
+  Network): ImageNet's 1,000 classes name what the folders don't, such as breeds
+- detail: the pre-trained features (Romero et al. 2015, FitNets), while two augmented views of a photo must identify
+  each other among all other views in the batch (InfoNCE, van den Oord et al. 2018)
 
     python siamese.py
-    python siamese.py --view-weight 0 --feature-weight 0 --detail-weight 0     # Hadsell et al.: class pairs only
-
-Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on one core of an Intel Xeon in
-float32: precision@5 0.972 and instance_hit_rate@1_crop 0.916 after 33 minutes of training, and recall@1 by dog breed
-0.454, where the pre-trained network has 0.944, 0.799 and 0.465 (results/reference/protocol2/siamese.json).
+    python siamese.py --view-weight 0 --feature-weight 0 --kind-weight 0 --detail-weight 0    # class pairs only
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.heads import TwoHeadedNetwork
+from common.models.heads import MultiLevelNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import PKSampler
@@ -52,17 +52,19 @@ class Config(RunConfig):
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
-    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that keeps what the labels don't name
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: one head for all
+    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
+    kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
+    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
 
     # Contrastive loss; Euclidean distances between unit vectors, in [0, 2]
     negative_margin: Annotated[float, Range(0, 2)] = 1.6  # photos of different classes are pushed apart up to it
     positive_margin: Annotated[float, Range(0, 2)] = 0.0  # photos of one class are pulled together down to it
     reduction: Literal["mean", "avg_non_zero"] = "mean"  # over all pairs, or over those with a loss above zero
-    view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
-    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping the pre-trained features; 0: they may be lost
-    whitening: Annotated[float, Range(0, 1)] = 0.25  # of these features: how far their variances are made equal
+    view_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
+    temperature: Annotated[float, Range(0.001, 10)] = 0.05  # of InfoNCE: a lower one puts more weight on hard negatives
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping what the network saw before; 0: it may be lost
+    whitening: Annotated[float, Range(0, 1)] = 0.5  # of what to keep: how far their variances are made equal
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
@@ -101,14 +103,14 @@ def contrastive_loss(
 
 
 def training_step(
-    network: Callable, batch: Batch, config: Config, heads: TwoHeadedNetwork, preprocessing: Preprocessing, task: Task
+    network: Callable, batch: Batch, config: Config, heads: MultiLevelNetwork, preprocessing: Preprocessing, task: Task
 ) -> Losses:
     """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
     views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
-    classes, details = heads.split(network(preprocessing.normalize(torch.cat(views))))  # VBxC, VBxD
+    classes, kinds, details = heads.split(network(preprocessing.normalize(torch.cat(views))))  # VBxC, VBxK, VBxD
     targets = None if task.targets is None else task.targets[batch.indices]
-    losses = unsupervised_losses(details, targets, config)
+    losses = unsupervised_losses(kinds, details, targets, config)
     if task.has_classes:
         margins = config.positive_margin, config.negative_margin
         labels = batch.labels.repeat(num_views)
@@ -118,7 +120,7 @@ def training_step(
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     """The trained network: Bx3xSxS -> BxD."""
-    return TwoHeadedNetwork.from_checkpoint(checkpoint)
+    return MultiLevelNetwork.from_checkpoint(checkpoint)
 
 
 def main(config: Config) -> Path:
@@ -131,10 +133,10 @@ def main(config: Config) -> Path:
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded)
-    task = run.prepare_training(frozen, backbone.weights, split, views_alone=config.view_weight > 0)
+    task = run.prepare_training(frozen, backbone.weights, split, config.view_weight > 0, config.kind_weight > 0)
 
-    network = TwoHeadedNetwork(backbone, config.class_dim, config.detail_dim, config.detail_weight)
-    targets = network.init_heads(task.features, config.whitening)
+    network = MultiLevelNetwork(backbone, config, task.num_kinds)
+    targets = network.init_heads(task.features, task.kinds, config.whitening)
     if backbone.weights != UNTRAINED:
         task = task._replace(targets=targets.to(run.device))
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

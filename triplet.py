@@ -2,12 +2,13 @@
 
 An anchor is to be nearer to a positive, a photo of its class, than to a negative, a photo of another class, by a
 margin (Schroff, Kalenichenko and Philbin 2015, FaceNet). Which of a batch's many triplets count is a question of mining
-(Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss). As in siamese.py, triplets train one head, and the
-other keeps the features of the pre-trained network and tells views of a photo from those of others.
+(Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss). As in siamese.py, that trains one head; another keeps
+what the pre-trained network's classifier said, and a third keeps its features and tells views of a photo from those of
+others.
 
     python triplet.py
     python triplet.py --mining batch_hard
-    python triplet.py --view-weight 0 --feature-weight 0 --detail-weight 0     # the triplet loss alone
+    python triplet.py --view-weight 0 --feature-weight 0 --kind-weight 0 --detail-weight 0    # triplets only
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.heads import TwoHeadedNetwork
+from common.models.heads import MultiLevelNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import PKSampler
@@ -48,16 +49,18 @@ class Config(RunConfig):
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
-    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that keeps what the labels don't name
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: one head for all
+    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
+    kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
+    detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
 
     # Triplet loss; Euclidean distances between unit vectors, in [0, 2]
     margin: Annotated[float, Range(0, 2)] = 0.2  # by which an anchor is to be nearer to its positive than its negative
     mining: Literal["batch_hard", "semi_hard", "batch_all"] = "semi_hard"  # which triplets of a batch count
-    view_weight: Annotated[float, Range(0, 1e6)] = 0.15  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
-    temperature: Annotated[float, Range(0.001, 10)] = 0.07  # of InfoNCE: a lower one puts more weight on hard negatives
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping the pre-trained features; 0: they may be lost
-    whitening: Annotated[float, Range(0, 1)] = 0.25  # of these features: how far their variances are made equal
+    view_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
+    temperature: Annotated[float, Range(0.001, 10)] = 0.05  # of InfoNCE: a lower one puts more weight on hard negatives
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping what the network saw before; 0: it may be lost
+    whitening: Annotated[float, Range(0, 1)] = 0.5  # of what to keep: how far their variances are made equal
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
@@ -112,14 +115,14 @@ def triplet_loss(embeddings: torch.Tensor, labels: torch.Tensor, margin: float, 
 
 
 def training_step(
-    network: Callable, batch: Batch, config: Config, heads: TwoHeadedNetwork, preprocessing: Preprocessing, task: Task
+    network: Callable, batch: Batch, config: Config, heads: MultiLevelNetwork, preprocessing: Preprocessing, task: Task
 ) -> Losses:
     """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
     views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
-    classes, details = heads.split(network(preprocessing.normalize(torch.cat(views))))  # VBxC, VBxD
+    classes, kinds, details = heads.split(network(preprocessing.normalize(torch.cat(views))))  # VBxC, VBxK, VBxD
     targets = None if task.targets is None else task.targets[batch.indices]
-    losses = unsupervised_losses(details, targets, config)
+    losses = unsupervised_losses(kinds, details, targets, config)
     if task.has_classes:
         labels = batch.labels.repeat(num_views)
         losses["triplets"] = triplet_loss(classes, labels, config.margin, config.mining)
@@ -128,7 +131,7 @@ def training_step(
 
 def from_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     """The trained network: Bx3xSxS -> BxD."""
-    return TwoHeadedNetwork.from_checkpoint(checkpoint)
+    return MultiLevelNetwork.from_checkpoint(checkpoint)
 
 
 def main(config: Config) -> Path:
@@ -141,10 +144,10 @@ def main(config: Config) -> Path:
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded)
-    task = run.prepare_training(frozen, backbone.weights, split, views_alone=config.view_weight > 0)
+    task = run.prepare_training(frozen, backbone.weights, split, config.view_weight > 0, config.kind_weight > 0)
 
-    network = TwoHeadedNetwork(backbone, config.class_dim, config.detail_dim, config.detail_weight)
-    targets = network.init_heads(task.features, config.whitening)
+    network = MultiLevelNetwork(backbone, config, task.num_kinds)
+    targets = network.init_heads(task.features, task.kinds, config.whitening)
     if backbone.weights != UNTRAINED:
         task = task._replace(targets=targets.to(run.device))
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -9,6 +9,7 @@ Epochs of siamese.py and autoencoder.py on decoded photos, in the device's fast 
 A ratio above 1 means that ours is faster; `limit` is the fraction of that speed which is reached.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,15 +32,17 @@ from common.config import Range, run_script
 from common.data.photos import Photos, load_photos
 from common.data.sources import locate_photos
 from common.device import choose_device, choose_precision
-from common.models.augment import HUE, JITTER
+from common.models.augment import ERASED, HUE, JITTER, SHEAR, STRETCH
 from common.models.backbones import load_backbone, load_preprocessing
 from common.models.decoded import DecodedPhotos
-from common.models.heads import TwoHeadedNetwork
+from common.models.heads import MultiLevelNetwork
 from common.models.losses import structural_similarity, unsupervised_losses
 from common.models.preprocessing import Preprocessing, shrink
 from common.models.samplers import PKSampler
 from common.parallel import parallel_map
 from common.report.run import Run, Task
+
+NUM_KINDS = 1000  # of ImageNet
 
 
 @dataclass
@@ -61,9 +64,24 @@ class PlainViews(Dataset):
     def __init__(self, photos: Photos, preprocessing: Preprocessing, views: int, size: int, min_crop_area: float):
         finish = [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
         jitter = transforms.ColorJitter(JITTER, JITTER, JITTER, HUE)
-        crop = transforms.RandomResizedCrop(size, (min_crop_area, 1), ratio=(1, 1))
+        crop = transforms.RandomResizedCrop(
+            size, (min_crop_area, 1), ratio=(math.exp(-2 * STRETCH), math.exp(2 * STRETCH))
+        )
+        degrees = math.degrees(math.atan(SHEAR))
+        shear = transforms.RandomAffine(0, shear=(-degrees, degrees, -degrees, degrees))
+        smaller = transforms.RandomApply([transforms.Resize(size // 2), transforms.Resize(size)])
         self.photos, self.views = photos, views
-        self.augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), jitter, *finish])
+        self.augment = transforms.Compose(
+            [
+                crop,
+                transforms.RandomHorizontalFlip(),
+                shear,
+                jitter,
+                smaller,
+                *finish,
+                transforms.RandomErasing(0.5, ERASED),
+            ]
+        )
         self.whole = transforms.Compose([transforms.Resize((preprocessing.crop, preprocessing.crop)), *finish])
 
     def __len__(self) -> int:
@@ -120,13 +138,14 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
     own = replace(siamese.Config(), **run_fields(photos, config, folder))
     run = Run.begin("siamese", own, {})
 
-    def network() -> TwoHeadedNetwork:
+    def network() -> MultiLevelNetwork:
         backbone = load_backbone(own.backbone, "none", own.image_size, own.pooling, own.whole_photo)
-        return TwoHeadedNetwork(backbone, own.class_dim, own.detail_dim, own.detail_weight)
+        return MultiLevelNetwork(backbone, own, NUM_KINDS)
 
     preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
-    targets = functional.normalize(torch.randn(len(photos), own.detail_dim, device=run.device))
-    task = Task(True, targets, targets)
+    kinds, details = (torch.randn(len(photos), dim, device=run.device) for dim in (own.kind_dim, own.detail_dim))
+    targets = torch.cat([functional.normalize(kinds), functional.normalize(details)], 1)
+    task = Task(True, details, targets=targets)
 
     def seconds(decoded: DecodedPhotos) -> float:
         trained = network().to(run.device, memory_format=torch.channels_last)
@@ -136,10 +155,10 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
     def loss_fn(
         network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
-        classes, details = network.split(network(torch.cat(views.unbind(1))))
+        classes, kinds, details = network.split(network(torch.cat(views.unbind(1))))
         margins = own.positive_margin, own.negative_margin
         pairs = siamese.contrastive_loss(classes, labels.repeat(2), *margins, own.reduction)
-        return pairs + sum(unsupervised_losses(details, targets[indices], own).values())
+        return pairs + sum(unsupervised_losses(kinds, details, targets[indices], own).values())
 
     views = PlainViews(photos, preprocessing, 2, own.view_size, own.min_crop_area)
     decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)

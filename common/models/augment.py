@@ -1,37 +1,46 @@
-"""Augmented views of photos for training: a whole batch at a time, on its device."""
+"""Augmented views of photos for training: a whole batch at a time, on its device.
+
+Crops, mirroring and colors as in SimCLR (Chen et al. 2020); sheared, at a lower resolution and with a rectangle erased
+(Zhong et al. 2020, Random Erasing Data Augmentation), so that a network meets copies of photos as they are passed on.
+"""
 
 import math
 
 import torch
 from torch.nn import functional
 
-JITTER, HUE = 0.3, 0.05  # brightness, contrast and saturation times 1 +- JITTER; hue +- HUE of the colour circle
+STRETCH, SHEAR = 0.25, 0.2  # width to height times e^+-(2 STRETCH); how far edges tilt, as a fraction of a crop's side
+JITTER, HUE = 0.5, 0.05  # brightness, contrast and saturation times 1 +- JITTER; hue +- HUE of the colour circle
+ERASED = (0.02, 0.2)  # area of the erased rectangle, as a fraction of the view; half of the views have one
+LOW_RESOLUTION = 0.25  # of half of the views, at least, as a fraction of their side
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 # RGB -> a grey axis and two colour axes, in which a rotation changes the hue alone (NTSC's YIQ)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 def random_views(images: torch.Tensor, min_crop_area: float, size: int) -> torch.Tensor:
-    """float32 [B, size, size, 3], RGB in [0, 255]: a random crop of each photo, mirrored half the time, color-jittered.
+    """float32 [B, size, size, 3], RGB in [0, 255]: what is left of each photo after all that this module does.
 
     Args:
         images: uint8 [B, S, S, 3].
         min_crop_area: of a crop, as a fraction of the photo in (0, 1]; areas are uniform up to 1.
         size: pixels, square, that a crop is resized to.
 
-    Draws from torch's generator of the images' device.
+    Draws from torch's generators of the images' device and of the CPU.
     """
-    channels_first = images.permute(0, 3, 1, 2).float()
-    return color_jitter(random_crop(channels_first, min_crop_area, size)).permute(0, 2, 3, 1)
+    views = color_jitter(random_crop(images.permute(0, 3, 1, 2).float(), min_crop_area, size))
+    return random_resolution(random_erasing(views)).permute(0, 2, 3, 1)
 
 
 def random_crop(images: torch.Tensor, min_crop_area: float, size: int) -> torch.Tensor:
-    """float32 [B, 3, size, size] from float32 [B, 3, S, S]: square crops, mirrored half the time."""
+    """float32 [B, 3, size, size] from float32 [B, 3, S, S]: crops, mirrored half the time, stretched and sheared."""
     side = _uniform(images, min_crop_area, 1).sqrt()  # of the crop, as a fraction of the photo's
+    stretch = _uniform(images, -STRETCH, STRETCH).exp()
+    width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
     mirror = 1 - 2 * torch.randint(2, (len(images),), device=images.device)
-    zero = torch.zeros_like(side)
-    x, y = ((1 - side) * _uniform(images, -1, 1) for _ in range(2))  # the crop's centre, in [-1, 1]
-    affine = torch.stack([side * mirror, zero, x, zero, side, y], 1).view(-1, 2, 3)
+    x, y = ((1 - length) * _uniform(images, -1, 1) for length in (width, height))  # the crop's centre, in [-1, 1]
+    tilt_x, tilt_y = (side * _uniform(images, -SHEAR, SHEAR) for _ in range(2))
+    affine = torch.stack([width * mirror, tilt_x, x, tilt_y, height, y], 1).view(-1, 2, 3)
     grid = functional.affine_grid(affine, [*images.shape[:2], size, size], align_corners=False)
     return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -56,6 +65,28 @@ def color_jitter(images: torch.Tensor) -> torch.Tensor:
     matrix = brightness * contrast * (hue @ saturate)
     mean = brightness * (images.mean((2, 3)) @ grey).view(-1, 1, 1)  # contrast is relative to the photo's mean grey
     return torch.baddbmm((1 - contrast) * mean, matrix, images.flatten(2)).clamp(0, 255).view_as(images)
+
+
+def random_erasing(images: torch.Tensor) -> torch.Tensor:
+    """float32 [B, 3, H, W] with a rectangle of one random color in half of the images."""
+    area, stretch = _uniform(images, *ERASED), _uniform(images, -1, 1).exp()
+    is_erased = _uniform(images, 0, 1) < 0.5
+    inside = []  # BxH, BxW
+    for pixels, side in zip(images.shape[2:], ((area * stretch).sqrt(), (area / stretch).sqrt()), strict=True):
+        start = (1 - side) * _uniform(images, 0, 1)
+        place = (torch.arange(pixels, device=images.device) + 0.5) / pixels
+        inside.append((place >= start[:, None]) & (place < (start + side)[:, None]))
+    mask = inside[0][:, None, :, None] & inside[1][:, None, None, :] & is_erased.view(-1, 1, 1, 1)
+    return torch.where(mask, 255 * torch.rand(len(images), 3, 1, 1, device=images.device), images)
+
+
+def random_resolution(images: torch.Tensor) -> torch.Tensor:
+    """float32 [B, 3, S, S]; half of the images as if they had been smaller, by one factor for all of them."""
+    size = images.shape[2]
+    smaller = round(size * LOW_RESOLUTION ** float(torch.rand(())))
+    small = functional.interpolate(images, smaller, mode="bilinear", antialias=True)
+    is_small = (_uniform(images, 0, 1) < 0.5).view(-1, 1, 1, 1)
+    return torch.where(is_small, functional.interpolate(small, size, mode="bilinear"), images)
 
 
 def _uniform(images: torch.Tensor, low: float, high: float) -> torch.Tensor:

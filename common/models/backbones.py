@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from common.config import UserError
 from common.models.layers import GeM
@@ -11,6 +12,7 @@ from common.models.preprocessing import Preprocessing
 from common.models.timm_backbones import PREFIX, load_timm, load_timm_preprocessing
 from common.models.weights import UNTRAINED, first_line, load_weights, weights_enum
 
+SHARPNESS = 3.0  # of class probabilities: of standardized logits, an inverse temperature
 # These pool inside forward(), not in a child module.
 POOLING_IN_FORWARD = ("densenet", "mobilenet_v2", "mnasnet", "shufflenet")
 
@@ -57,6 +59,34 @@ def load_backbone(
     network = _without_classifier(name, network, GeM(pooling)).eval()
     feature_dim = output_dim(network, preprocessing.crop, f"{name} can't take photos", "image_size")
     return Backbone(network, preprocessing, loaded, feature_dim)
+
+
+class ClassProbabilities(nn.Module):
+    """A classification network -> the square roots of its class probabilities, unit vectors Bx3xSxS -> float32 BxK.
+
+    Networks differ in the range of their logits: they are standardized, then multiplied by `SHARPNESS`.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Bx3xSxS -> float32 BxK"""
+        logits = self.classifier(images).float()
+        logits = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-6)
+        return functional.softmax(SHARPNESS * logits, 1).sqrt()
+
+
+def load_classifier(name: str, weights: str) -> nn.Module | None:
+    """What the whole pre-trained network says that a photo shows, as `ClassProbabilities`.
+
+    Arguments as for `load_backbone`, which has loaded the weights before. None for a network of timm: many of those are
+    trained without classes.
+    """
+    if name.startswith(PREFIX):
+        return None
+    return ClassProbabilities(load_weights(name, weights, untrained_if_missing=False)[0])
 
 
 def rebuild_backbone(config: dict, weights: str) -> Backbone:

@@ -1,12 +1,17 @@
-"""A backbone with two heads: the network of the approaches that learn from classes."""
+"""A backbone with a head for each level of similarity: the network of the approaches that learn from classes."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from common.models.backbones import Backbone, rebuild_backbone
-from common.models.checkpoint import Checkpoint
+from common.models.checkpoint import Checkpoint, strip_prefix
 from common.models.pca import principal_components
+
+RIDGE = 0.01  # penalty of the fitted logits, relative to the mean variance of a feature
 
 
 class FeatureHead(nn.Module):
@@ -39,49 +44,117 @@ class FeatureHead(nn.Module):
         self.linear.bias.copy_(-self.linear.weight @ features.mean(0))
 
 
-class TwoHeadedNetwork(nn.Module):
-    """The class head learns what the labels tell; the detail head keeps what the backbone saw before training.
+class KindHead(nn.Module):
+    """What kind of thing a photo shows: class probabilities such as those of the pre-trained network's own classifier.
 
-    Labels such as cat and dog say nothing about breeds and single photos: a head that learns from them alone loses
-    both. The embedding is [class head, detail_weight * detail head], each of length 1; with weight 0 one head is all.
+    Their square roots are a unit vector; the dot product of two of them, the Bhattacharyya coefficient, says how much
+    two distributions overlap. Principal components keep it in fewer dimensions.
     """
 
-    def __init__(self, backbone: Backbone, class_dim: int, detail_dim: int, detail_weight: float) -> None:
+    def __init__(self, feature_dim: int, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(feature_dim, num_classes)
+        self.components = nn.Linear(num_classes, min(dim, num_classes)).requires_grad_(False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """BxC -> float32 BxD"""
+        with torch.autocast(features.device.type, enabled=False):
+            probabilities = functional.softmax(self.logits(functional.normalize(features.float())), 1)
+            return self.components(probabilities.clamp(min=1e-12).sqrt())  # the root has infinite slope at 0
+
+    @torch.no_grad()
+    def init_from_classifier(self, features: torch.Tensor, roots: torch.Tensor, whitening: float) -> torch.Tensor:
+        """Fits the classifier's logits by ridge regression; returns the components of its own probabilities, NxD.
+
+        `features`: unit vectors NxC; `roots`: square roots of the classifier's probabilities of the same photos, NxK.
+        """
+        mean, directions = principal_components(roots, self.components.out_features, whitening)
+        self.components.weight.copy_(directions)
+        self.components.bias.copy_(-directions @ mean)
+        logits = 2 * roots.clamp(min=1e-6).log()
+        logits -= logits.mean(1, keepdim=True)  # softmax leaves them open to a constant
+        weight, bias = ridge_regression(features, logits)
+        self.logits.weight.copy_(weight)
+        self.logits.bias.copy_(bias)
+        return self.components(roots)
+
+
+def ridge_regression(inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight KxC and bias K of the linear map from NxC to NxK, float32, with the least squares error plus `RIDGE`."""
+    mean, output_mean = inputs.mean(0), outputs.mean(0)
+    centered = (inputs - mean).double()
+    covariance = centered.T @ centered / len(inputs)
+    penalty = RIDGE * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(mean), dtype=torch.double)
+    cross = centered.T @ (outputs - output_mean).double() / len(inputs)
+    weight = torch.linalg.solve(covariance + penalty, cross).T.float()
+    return weight, output_mean - weight @ mean
+
+
+class MultiLevelNetwork(nn.Module):
+    """The class head learns what labels tell; the kind and detail heads keep what the backbone saw before training.
+
+    Labels such as cat and dog say nothing about breeds and single photos: a head that learns from them alone loses
+    both. The embedding is [class head, kind_weight * kind head, detail_weight * detail head], each of length 1; a head
+    of weight 0 is left out.
+
+    `config` has these hyperparameters: `class_dim`, `kind_dim`, `kind_weight`, `detail_dim`, `detail_weight`.
+    `num_kinds`: classes of the pre-trained classifier; 0 if there is none, and then no kind head.
+    """
+
+    def __init__(self, backbone: Backbone, config: Any, num_kinds: int) -> None:
         super().__init__()
         self.backbone = backbone.network
-        self.class_head = FeatureHead(backbone.feature_dim, class_dim)
-        self.detail_head = FeatureHead(backbone.feature_dim, detail_dim)
-        self.detail_weight = detail_weight
+        self.class_head = FeatureHead(backbone.feature_dim, config.class_dim)
+        self.kind_head, self.detail_head = None, None
+        self.kind_weight, self.detail_weight = config.kind_weight, config.detail_weight
+        self.dims = [self.class_head.linear.out_features, 0, 0]
+        if self.kind_weight and num_kinds:
+            self.kind_head = KindHead(backbone.feature_dim, num_kinds, config.kind_dim)
+            self.dims[1] = self.kind_head.components.out_features
+        if self.detail_weight:
+            self.detail_head = FeatureHead(backbone.feature_dim, config.detail_dim)
+            self.dims[2] = self.detail_head.linear.out_features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Bx3xSxS -> float32 BxD"""
+        """Bx3xSxS -> float32 BxE"""
         features = self.backbone(images)  # BxC
-        classes = functional.normalize(self.class_head(features))
-        if not self.detail_weight:
-            return classes
-        return torch.cat([classes, self.detail_weight * functional.normalize(self.detail_head(features))], 1)
+        parts = [functional.normalize(self.class_head(features))]
+        if self.kind_head:
+            parts.append(self.kind_weight * functional.normalize(self.kind_head(features)))
+        if self.detail_head:
+            parts.append(self.detail_weight * functional.normalize(self.detail_head(features)))
+        return torch.cat(parts, 1)
 
-    def split(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """BxD -> the unit vectors of the class head and of the detail head, which may be the same."""
-        if not self.detail_weight:
-            return embeddings, embeddings
-        dim = self.class_head.linear.out_features
-        return embeddings[:, :dim], embeddings[:, dim:] / self.detail_weight
+    def split(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """BxE -> the unit vectors of the heads for class, kind and detail.
 
-    def init_heads(self, features: torch.Tensor, whitening: float) -> torch.Tensor:
-        """Starts both heads from features before training, unit vectors NxC.
+        Those of a missing kind head have no columns; those of a missing detail head are those of the class head.
+        """
+        classes, kinds, details = embeddings.split(self.dims, 1)
+        return classes, kinds / (self.kind_weight or 1), details / self.detail_weight if self.detail_head else classes
 
-        Returns what the detail head makes of them, unit vectors NxD.
+    @torch.no_grad()
+    def init_heads(self, features: torch.Tensor, kinds: torch.Tensor | None, whitening: float) -> torch.Tensor:
+        """Starts the heads from what there is before training: features, unit vectors NxC, and, with a kind head, NxK
+        square roots of the pre-trained classifier's probabilities.
+
+        Returns what the kind and detail heads are to keep, their unit vectors beside each other.
         """
         self.class_head.init_orthogonal(features)
-        details = self.detail_head.init_principal(features, whitening)
-        return functional.normalize(details if self.detail_weight else self.class_head(features).detach())
+        kept = []
+        if self.kind_head and kinds is not None:
+            kept.append(self.kind_head.init_from_classifier(features, kinds, whitening))
+        kept.append(
+            self.detail_head.init_principal(features, whitening) if self.detail_head else self.class_head(features)
+        )
+        return torch.cat([functional.normalize(each) for each in kept], 1)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> "TwoHeadedNetwork":
-        """The trained network, in the shape that the run's hyperparameters say."""
-        config = checkpoint.config
-        backbone = rebuild_backbone(config, checkpoint.model["weights"])
-        network = cls(backbone, config["class_dim"], config["detail_dim"], config["detail_weight"])
-        network.load_state_dict(checkpoint.network)
+    def from_checkpoint(cls, checkpoint: Checkpoint, prefix: str = "") -> "MultiLevelNetwork":
+        """The trained network, in the shape that the run's hyperparameters say; `prefix`: of its names in the file."""
+        state = strip_prefix(prefix, checkpoint.network)
+        backbone = rebuild_backbone(checkpoint.config, checkpoint.model["weights"])
+        num_kinds = len(state.get("kind_head.logits.bias", ()))
+        network = cls(backbone, SimpleNamespace(**checkpoint.config), num_kinds)
+        network.load_state_dict(state)
         return network

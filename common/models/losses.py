@@ -25,22 +25,26 @@ class UnsupervisedConfig(Protocol):
 
 
 def unsupervised_losses(
-    details: torch.Tensor, targets: torch.Tensor | None, config: UnsupervisedConfig
+    kinds: torch.Tensor, details: torch.Tensor, targets: torch.Tensor | None, config: UnsupervisedConfig
 ) -> dict[str, torch.Tensor]:
-    """The terms that need no classes: two views of a photo find each other, and a view keeps the photo's features.
+    """The terms that need no classes: two views of a photo find each other, and a view keeps what the pre-trained
+    network made of the whole photo.
 
-    The second is the squared distance from what the pre-trained network makes of the whole photo (Romero et al. 2015,
-    FitNets): what labels don't name, such as breeds, stays apart.
+    The second is a squared distance for features (Romero et al. 2015, FitNets) and for square roots of class
+    probabilities (the Hellinger distance; Hinton et al. 2015, Distilling the Knowledge in a Neural Network). So what
+    labels don't name, such as breeds, stays apart.
 
-    `details`: float [V * B, D], unit vectors of V views of B photos, the first view of all, then the second. `targets`:
-    float [B, D], unit vectors; None if there is no pre-trained network.
+    `kinds`, `details`: float [V * B, K] and [V * B, D], unit vectors of V views of B photos, the first view of all,
+    then the second; K may be 0. `targets`: float [B, K + D], those of the whole photos before training; None if there
+    is no pre-trained network.
     """
     losses = {}
     if config.view_weight:
         first, second = details.chunk(2)
         losses["view_pairs"] = config.view_weight * info_nce(first, second, config.temperature)
     if targets is not None and config.feature_weight:
-        distances = (details - targets.repeat(len(details) // len(targets), 1)).square().sum(1)
+        kept = torch.cat([kinds, details], 1)
+        distances = (kept - targets.repeat(len(kept) // len(targets), 1)).square().sum(1)
         losses["features"] = config.feature_weight * distances.mean()
     return losses
 

@@ -19,6 +19,7 @@ from common.data.sources import locate_photos
 from common.data.split import Split, TestSet, describe, describe_test_set, fingerprint, leave_one_out, load_split
 from common.data.synthetic import is_synthetic
 from common.device import choose_device
+from common.models.backbones import load_classifier
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
@@ -49,7 +50,13 @@ class Task(NamedTuple):
 
     has_classes: bool
     features: torch.Tensor  # float32 [M, C], unit vectors: what the backbone makes of photos before training
-    targets: torch.Tensor | None = None  # float32 [N, D], what it is to keep of each of the N training photos
+    kinds: torch.Tensor | None = None  # float32 [M, K], square roots of the pre-trained classifier's probabilities
+    targets: torch.Tensor | None = None  # float32 [N, D], what is to be kept of each of the N training photos
+
+    @property
+    def num_kinds(self) -> int:
+        """K, or 0 without a classifier."""
+        return 0 if self.kinds is None else self.kinds.shape[1]
 
 
 @dataclass
@@ -109,12 +116,12 @@ class Run(Generic[ConfigT]):
         """Scores a network to compare the run's own with, on the same photos; before training changes it."""
         self.baselines[name] = score_baseline(embedder, split.test, self.also, self.config.seed)
 
-    def prepare_training(self, frozen: Embedder, weights: str, split: Split, views_alone: bool) -> Task:
-        """Scores the backbone as it is, before training changes it, and keeps its features of the training photos.
+    def prepare_training(self, frozen: Embedder, weights: str, split: Split, views_alone: bool, kinds: bool) -> Task:
+        """Scores the backbone as it is, before training changes it, and keeps what it makes of the training photos.
 
         Of an untrained backbone there is nothing to score, and the features of `SAMPLE` photos are enough. `weights`:
-        those of the backbone. `views_alone`: whether the approach can train without classes. Raises `UserError` if it
-        can't and there is one class only.
+        those of the backbone. `views_alone`: whether the approach can train without classes. `kinds`: whether to ask
+        its classifier too, if it has one. Raises `UserError` if there is one class only and `views_alone` is false.
         """
         has_classes = len(split.train.classes) > 1
         if not (has_classes or views_alone):
@@ -127,7 +134,15 @@ class Run(Generic[ConfigT]):
             photos = photos.subset(np.unique(np.linspace(0, len(photos) - 1, SAMPLE).astype(int)))
         else:
             self.measure_baseline("pretrained", frozen, split)
-        return Task(has_classes, torch.from_numpy(frozen.embed_photos(photos, "features before training")))
+        features = torch.from_numpy(frozen.embed_photos(photos, "features before training"))
+        config: Any = self.config  # of an approach with a backbone
+        classifier = load_classifier(config.backbone, config.weights) if kinds and weights != UNTRAINED else None
+        if classifier is None:
+            return Task(has_classes, features)
+        embedder = Embedder(
+            classifier, frozen.preprocessing, self.device, config.embed_batch_size, None, frozen.decoded
+        )
+        return Task(has_classes, features, torch.from_numpy(embedder.embed_photos(photos, "kinds before training")))
 
     def train(
         self,

@@ -1,8 +1,8 @@
 """Distorted copies of photos, which must find their original: the queries of instance retrieval.
 
 The kinds are those that photos meet on their way through phones and social networks, as in copy detection (Pizzi et al.
-2022, A Self-Supervised Descriptor for Image Copy Detection; Douze et al. 2021, DISC21). Training uses crops, mirroring
-and colors alone.
+2022, A Self-Supervised Descriptor for Image Copy Detection; Douze et al. 2021, DISC21). Of these kinds, training uses
+crops alone (`common.models.augment`).
 """
 
 from collections.abc import Callable
@@ -15,9 +15,8 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from common.models.augment import HUE, JITTER
-
 JPEG_QUALITY = 50
+JITTER, HUE = 0.3, 0.05  # brightness, contrast and saturation times 1 +- JITTER; hue +- HUE of the colour circle
 CROP_AREA = (0.35, 0.8)  # of the photo
 ROTATION = (10, 35)  # degrees, either way
 PERSPECTIVE = (0.08, 0.2)  # how far each corner moves inward, as a fraction of the side

@@ -1,15 +1,21 @@
+import math
+
 import pytest
 import torch
+from torch.nn import functional
 from torchvision.transforms import functional as transforms
 
 from common.models import augment
-from common.models.augment import color_jitter, random_crop, random_views
+from common.models.augment import color_jitter, random_crop, random_erasing, random_resolution, random_views
 
 
 @pytest.fixture
-def no_jitter(monkeypatch):
-    monkeypatch.setattr(augment, "JITTER", 0.0)
-    monkeypatch.setattr(augment, "HUE", 0.0)
+def crops_alone(monkeypatch):
+    """Nothing but crops in their proportions, mirrored half the time."""
+    for name in ("JITTER", "HUE", "STRETCH", "SHEAR"):
+        monkeypatch.setattr(augment, name, 0.0)
+    monkeypatch.setattr(augment, "ERASED", (0.0, 0.0))
+    monkeypatch.setattr(augment, "LOW_RESOLUTION", 1.0)
 
 
 def draw(monkeypatch, *values):
@@ -18,7 +24,7 @@ def draw(monkeypatch, *values):
     monkeypatch.setattr(augment, "_uniform", lambda images, low, high: torch.full((1,), next(draws)))
 
 
-def test_views_of_the_whole_photo_without_jitter_are_the_photo_or_its_mirror_image(no_jitter):
+def test_views_of_the_whole_photo_without_jitter_are_the_photo_or_its_mirror_image(crops_alone):
     torch.manual_seed(0)
     images = torch.randint(256, (16, 8, 8, 3), dtype=torch.uint8)
     views = random_views(images, 1.0, 8)
@@ -30,7 +36,7 @@ def test_views_of_the_whole_photo_without_jitter_are_the_photo_or_its_mirror_ima
     assert mirrored.any()
 
 
-def test_a_crop_shows_a_part_of_the_photo_no_smaller_than_min_crop_area():
+def test_a_crop_shows_a_part_of_the_photo_no_smaller_than_min_crop_area(crops_alone):
     torch.manual_seed(0)
     rows = torch.arange(100.0).view(1, 1, 100, 1).expand(200, 3, 100, 100)
     crops = random_crop(rows, 0.36, 100)[:, 0, :, 50]
@@ -42,7 +48,7 @@ def test_a_crop_shows_a_part_of_the_photo_no_smaller_than_min_crop_area():
     assert crops.max() <= 99
 
 
-def test_a_view_may_be_smaller_than_the_photo(no_jitter):
+def test_a_view_may_be_smaller_than_the_photo(crops_alone):
     rows = torch.arange(0, 160, 20, dtype=torch.uint8).view(1, 8, 1, 1).expand(3, 8, 8, 3)
     views = random_views(rows, 1.0, 4)
     assert views.shape == (3, 4, 4, 3)
@@ -82,3 +88,55 @@ def test_a_change_of_hue_keeps_greys_and_luma(monkeypatch):
     luma = torch.tensor(augment.GREY)
     assert torch.allclose(luma @ changed[0, :, 0, 0], luma @ photo[0, :, 0, 0], atol=0.1)
     assert (changed[0, :, 0, 0] - photo[0, :, 0, 0]).abs().max() > 3
+
+
+def test_a_crop_is_stretched(crops_alone, monkeypatch):
+    monkeypatch.setattr(augment, "STRETCH", 0.25)
+    torch.manual_seed(0)
+    ramps = torch.stack(torch.meshgrid(torch.arange(100.0), torch.arange(100.0), indexing="ij"))  # of rows, of columns
+    crops = random_crop(ramps.expand(200, 2, 100, 100), 0.36, 100)
+    height = (crops[:, 0, -1, 50] - crops[:, 0, 0, 50]).abs() / 99
+    width = (crops[:, 1, 50, -1] - crops[:, 1, 50, 0]).abs() / 99
+    assert (width / height).max().item() == pytest.approx(math.exp(0.5), rel=0.05)
+    assert (height / width).max().item() == pytest.approx(math.exp(0.5), rel=0.05)
+    assert max(width.max(), height.max()) < 1.001
+
+
+def test_a_crop_is_sheared(crops_alone, monkeypatch):
+    monkeypatch.setattr(augment, "SHEAR", 0.2)
+    torch.manual_seed(0)
+    rows = torch.arange(100.0).view(1, 1, 100, 1).expand(200, 1, 100, 100)
+    crops = random_crop(rows, 0.25, 100)
+    tilt = (crops[:, 0, 50, 60] - crops[:, 0, 50, 40]) / (crops[:, 0, 60, 50] - crops[:, 0, 40, 50])
+    assert tilt.abs().max().item() == pytest.approx(0.2, rel=0.1)
+    assert tilt.abs().mean().item() == pytest.approx(0.1, rel=0.2)
+
+
+def test_half_of_the_images_have_a_rectangle_erased():
+    torch.manual_seed(0)
+    images = torch.full((400, 3, 50, 50), -1.0)
+    erased = random_erasing(images)
+    changed = (erased != -1).all(1)  # NxHxW
+    area = changed.float().mean((1, 2))
+    assert (area > 0).float().mean().item() == pytest.approx(0.5, abs=0.07)
+    assert area[area > 0].min() > 0.01
+    assert area.max() < 0.22
+    for each, mask in zip(erased[:50], changed[:50], strict=True):
+        if mask.any():
+            assert len(each[:, mask].unique(dim=1).T) == 1  # one color
+            assert mask.sum() == mask.any(0).sum() * mask.any(1).sum()  # a rectangle
+            assert each[:, mask].min() >= 0
+            assert each[:, mask].max() <= 255
+
+
+def test_half_of_the_images_have_a_lower_resolution(monkeypatch):
+    torch.manual_seed(0)
+    images = torch.rand(200, 3, 32, 32)
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(1.0))  # the lowest one
+    lower = random_resolution(images)
+    same = (lower == images).flatten(1).all(1)
+    assert same.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    resized = functional.interpolate(
+        functional.interpolate(images, 8, mode="bilinear", antialias=True), 32, mode="bilinear"
+    )
+    assert torch.equal(lower[~same], resized[~same])

@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from torch.nn import functional
 
 from common.models.backbones import Backbone, load_backbone
-from common.models.heads import FeatureHead, TwoHeadedNetwork
+from common.models.heads import RIDGE, FeatureHead, KindHead, MultiLevelNetwork, ridge_regression
 from common.models.pca import principal_components
 
 
@@ -39,42 +42,87 @@ def test_a_head_starts_as_whitened_principal_components(features):
     assert FeatureHead(6, 100).linear.out_features == 6  # no more components than features
 
 
-def test_the_embedding_is_both_heads_weighed(backbone):
-    network = TwoHeadedNetwork(backbone, class_dim=5, detail_dim=7, detail_weight=2.0).eval()
+def network_of(backbone, num_kinds=9, **changed):
+    config = {"class_dim": 5, "kind_dim": 4, "kind_weight": 0.5, "detail_dim": 7, "detail_weight": 2.0} | changed
+    return MultiLevelNetwork(backbone, SimpleNamespace(**config), num_kinds).eval()
+
+
+def test_the_embedding_is_all_heads_weighed(backbone):
+    network = network_of(backbone)
     images = torch.rand(3, 3, 64, 64)
     with torch.inference_mode():
         embeddings = network(images)
-        classes, details = network.split(embeddings)
+        parts = network.split(embeddings)
         features = network.backbone(images)
-        assert torch.allclose(classes, functional.normalize(network.class_head(features)), atol=1e-6)
-        assert torch.allclose(details, functional.normalize(network.detail_head(features)), atol=1e-6)
-    assert torch.allclose(embeddings.norm(dim=1), torch.full((3,), 5**0.5))
+        for part, head in zip(parts, (network.class_head, network.kind_head, network.detail_head), strict=True):
+            assert torch.allclose(part, functional.normalize(head(features)), atol=1e-6)
+    assert torch.allclose(embeddings.norm(dim=1), torch.full((3,), 5.25**0.5))
     unit = functional.normalize(embeddings)
-    expected = (classes @ classes.T + 4 * details @ details.T) / 5  # a weighted mean of cosines
+    classes, kinds, details = (part @ part.T for part in parts)
+    expected = (classes + 0.25 * kinds + 4 * details) / 5.25  # a weighted mean of cosines
     assert torch.allclose(unit @ unit.T, expected, atol=1e-5)
 
 
-def test_without_weight_the_class_head_is_all(backbone):
-    network = TwoHeadedNetwork(backbone, class_dim=5, detail_dim=7, detail_weight=0.0).eval()
+@pytest.mark.parametrize("missing", [{"kind_weight": 0}, {"num_kinds": 0}])
+def test_the_kind_head_may_be_missing(backbone, missing):
+    network = network_of(backbone, **missing)
+    with torch.inference_mode():
+        embeddings = network(torch.rand(3, 3, 64, 64))
+        _, kinds, details = network.split(embeddings)
+    assert embeddings.shape == (3, 12)
+    assert kinds.shape == (3, 0)
+    assert torch.allclose(details.norm(dim=1), torch.ones(3))
+    features = functional.normalize(torch.rand(20, 512))
+    assert network.init_heads(features, None, 0.25).shape == (20, 7)
+
+
+def test_without_weights_the_class_head_is_all(backbone):
+    network = network_of(backbone, kind_weight=0.0, detail_weight=0.0)
     with torch.inference_mode():
         embeddings = network(torch.rand(3, 3, 64, 64))
     assert embeddings.shape == (3, 5)
-    assert network.split(embeddings) == (embeddings, embeddings)
+    classes, _, details = network.split(embeddings)
+    assert torch.equal(classes, embeddings)
+    assert torch.equal(details, embeddings)
     features = functional.normalize(torch.rand(20, 512))
-    targets = network.init_heads(features, 0.25)
+    targets = network.init_heads(features, None, 0.25)
     assert torch.allclose(targets, functional.normalize(network.class_head(features)), atol=1e-6)
 
 
-def test_both_heads_start_from_the_features(embedder):
+def test_the_detail_head_starts_from_the_features(embedder):
     torch.manual_seed(0)
-    network = TwoHeadedNetwork(load_backbone("squeezenet1_1", "none", 64), 128, 384, 2.0).eval()
+    network = network_of(load_backbone("squeezenet1_1", "none", 64), num_kinds=0)
     images = np.random.default_rng(0).integers(256, size=(12, 64, 64, 3), dtype=np.uint8)
     with torch.inference_mode():
         batch = embedder.preprocessing.normalize(torch.from_numpy(images))
         features = functional.normalize(network.backbone(batch))
-        targets = network.init_heads(features, 0.25)
-        _, details = network.split(network(batch))
+        targets = network.init_heads(features, None, 0.25)
+        details = network.split(network(batch))[2]
     assert torch.allclose(details, targets, atol=1e-4)
+
+
+def test_the_kind_head_starts_from_a_classifier(features):
+    """One whose logits are a linear map of the features, which a regression finds."""
+    torch.manual_seed(0)
+    logits = 20 * features @ torch.randn(6, 9)
+    roots = functional.softmax(logits, 1).sqrt()
+    head = KindHead(6, 9, 9)
+    targets = head.init_from_classifier(features, roots, 0.0)
+    mean, directions = principal_components(roots, 9, 0.0)
+    assert torch.allclose(targets, (roots - mean) @ directions.T, atol=1e-5)
+    with torch.no_grad():
+        assert (head(3 * features) - targets).norm(dim=1).mean() < 0.1 * targets.norm(dim=1).mean()
+    assert KindHead(6, 9, 256).components.out_features == 9  # no more components than classes
+    assert not head.components.weight.requires_grad
+
+
+def test_ridge_regression_is_that_of_scikit_learn(features):
+    outputs = torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
+    weight, bias = ridge_regression(features, outputs)
+    penalty = RIDGE * features.double().var(0, correction=0).mean().item() * len(features)
+    expected = Ridge(alpha=penalty).fit(features.double().numpy(), outputs.double().numpy())
+    assert np.allclose(weight, expected.coef_, atol=1e-5)
+    assert np.allclose(bias, expected.intercept_, atol=1e-5)
 
 
 def test_a_head_computes_in_float32_among_layers_in_16_bits(features):

@@ -26,16 +26,26 @@ def test_info_nce_is_the_mean_of_both_directions():
 
 def test_the_terms_that_need_no_classes():
     torch.manual_seed(0)
-    views, targets = (functional.normalize(torch.randn(count, 3)) for count in (8, 4))
+    details, targets = (functional.normalize(torch.randn(count, 3)) for count in (8, 4))
+    none = torch.empty(8, 0)
     config = SimpleNamespace(view_weight=2.0, temperature=0.5, feature_weight=3.0)
-    losses = unsupervised_losses(views, targets, config)
-    assert losses["view_pairs"] == 2 * info_nce(views[:4], views[4:], 0.5)
-    distances = [(views[i] - targets[i % 4]).square().sum().item() for i in range(8)]
+    losses = unsupervised_losses(none, details, targets, config)
+    assert losses["view_pairs"] == 2 * info_nce(details[:4], details[4:], 0.5)
+    distances = [(details[i] - targets[i % 4]).square().sum().item() for i in range(8)]
     assert losses["features"].item() == pytest.approx(3 * sum(distances) / 8)
-    assert unsupervised_losses(views, None, config).keys() == {"view_pairs"}
-    assert unsupervised_losses(targets, targets, SimpleNamespace(view_weight=0, feature_weight=1))["features"] == 0
+    assert unsupervised_losses(none, details, None, config).keys() == {"view_pairs"}
+    alone = SimpleNamespace(view_weight=0, feature_weight=1)
+    assert unsupervised_losses(none[:4], targets, targets, alone)["features"] == 0
     config.view_weight = config.feature_weight = 0
-    assert unsupervised_losses(views, targets, config) == {}
+    assert unsupervised_losses(none, details, targets, config) == {}
+
+
+def test_kinds_are_kept_beside_details():
+    kinds, details = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0], [-1]])
+    targets = torch.tensor([[1.0, 0, -1]])  # two views of one photo
+    config = SimpleNamespace(view_weight=0, feature_weight=1)
+    losses = unsupervised_losses(kinds, details, targets, config)
+    assert losses["features"] == ((0 + 4) + (2 + 0)) / 2
 
 
 def test_structural_similarity():
