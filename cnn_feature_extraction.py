@@ -53,7 +53,7 @@ class Config(RunConfig):
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
     kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
 
     # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
     scale: Annotated[float, Range(0.1, 1000)] = 16.0  # of the cosines, an inverse temperature: larger is sharper
@@ -67,7 +67,7 @@ class Config(RunConfig):
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
     epochs: Annotated[int, Range(0, 100_000)] = 1  # passes over the gallery; 0: pre-trained features
     batch_size: Annotated[int, Range(2, 65_536)] = 32  # photos per step
-    learning_rate: Annotated[float, Range(1e-9, 10)] = 2e-4  # peak, of AdamW
+    learning_rate: Annotated[float, Range(1e-9, 10)] = 3e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
 

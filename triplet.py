@@ -52,7 +52,7 @@ class Config(RunConfig):
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
     kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
 
     # Triplet loss; Euclidean distances between unit vectors, in [0, 2]
     margin: Annotated[float, Range(0, 2)] = 0.2  # by which an anchor is to be nearer to its positive than its negative
@@ -69,7 +69,7 @@ class Config(RunConfig):
     batch_size: Annotated[int, Range(2, 65_536)] = (
         64  # photos per step; the contrastive loss is over every pair of their views
     )
-    learning_rate: Annotated[float, Range(1e-9, 10)] = 2e-4  # peak, of AdamW
+    learning_rate: Annotated[float, Range(1e-9, 10)] = 3e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
 
