@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch.nn import functional
+from torchvision import models
 
 from common.data.split import load_split
 from common.models.checkpoint import Checkpoint
@@ -104,15 +105,20 @@ def test_a_run_and_one_that_was_killed_and_resumed(run_script, synthetic_photos,
 
 
 def test_class_pairs_only(run_script, synthetic_photos, tmp_path):
-    paper = ("--view-weight", "0", "--positive-margin", "0", "--cache", "none", "--reduction", "avg_non_zero")
-    ended = run_script("siamese.py", "--data", str(synthetic_photos), *SMALL, *paper)
+    paper = (f"--{term}-weight=0" for term in ("view", "feature", "kind", "detail"))
+    options = ("--cache", "none", "--reduction", "avg_non_zero")
+    ended = run_script("siamese.py", "--data", str(synthetic_photos), *SMALL, *paper, *options)
     assert ended.returncode == 0, ended.stderr
-    assert "view_pairs" not in read(tmp_path / "results")["history"][0]
+    result = read(tmp_path / "results")
+    assert "view_pairs" not in result["history"][0]
+    assert result["model"]["embedding_dim"] == 128
     assert not (tmp_path / "data").exists()
 
 
-def test_further_test_sets(run_script, synthetic_photos, tmp_path):
-    options = ("--data", str(synthetic_photos), *SMALL, "--epochs", "0", "--also", str(synthetic_photos))
+def test_further_test_sets_and_pretrained_weights(run_script, synthetic_photos, tmp_path):
+    torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "mine.pth")
+    ours = ("--weights", "mine.pth", "--epochs", "0")
+    options = ("--data", str(synthetic_photos), *SMALL, *ours, "--also", str(synthetic_photos))
     ended = run_script("siamese.py", *options, str(synthetic_photos / "cat"))
     assert ended.returncode == 0, ended.stderr
     also = read(tmp_path / "results")["also"]
@@ -120,7 +126,10 @@ def test_further_test_sets(run_script, synthetic_photos, tmp_path):
     both, cats = also.values()
     assert 0 <= both["metrics"]["hit_rate@1"]["value"] <= 1
     assert (both["gallery"], both["queries"], both["classes"]) == (120, 120, 2)
-    assert both["baselines"].keys() == {"raw_pixels", "chance"}
+    assert both["baselines"].keys() == {"pretrained", "raw_pixels", "chance"}
+    assert read(tmp_path / "results")["model"]["embedding_dim"] == 128 + 256 + 384  # classes, kinds, details
+    network = from_checkpoint(Checkpoint.load(tmp_path / "results" / "siamese.pt"))
+    assert network.kind_head.logits.out_features == 1000
     assert cats["metrics"] == {}  # of one class
     assert f"{synthetic_photos.name}: 120 queries, 2 classes, each photo against all others" in ended.stdout
     ended = run_script("siamese.py", *options, str(synthetic_photos))

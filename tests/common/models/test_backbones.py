@@ -5,7 +5,15 @@ from PIL import Image
 from torchvision import models
 
 from common.config import UserError
-from common.models.backbones import load_backbone, load_preprocessing, output_dim, rebuild_backbone
+from common.models.backbones import (
+    SHARPNESS,
+    ClassProbabilities,
+    load_backbone,
+    load_classifier,
+    load_preprocessing,
+    output_dim,
+    rebuild_backbone,
+)
 from common.models.weights import UNTRAINED
 
 FAMILIES = {  # a small one of each, and the channels of its last feature maps
@@ -118,3 +126,21 @@ def test_a_backbone_is_rebuilt_from_the_hyperparameters_of_its_run():
 def test_a_rebuilt_googlenet_transforms_its_input_as_the_run_did(weights, transforms):
     config = {"backbone": "googlenet", "image_size": 64, "pooling": 1.0, "whole_photo": True}
     assert rebuild_backbone(config, weights).network.transform_input is transforms
+
+
+def test_class_probabilities_by_hand():
+    logits = torch.tensor([[1.0, 2, 3], [10, 30, 20]])
+    roots = ClassProbabilities(torch.nn.Identity())(logits)
+    powers = torch.tensor([[-1.0, 0, 1], [-1, 1, 0]]).mul(SHARPNESS).exp()  # standardized, whatever their range
+    assert torch.allclose(roots.square(), powers / powers.sum(1, keepdim=True))
+    assert torch.allclose(roots.norm(dim=1), torch.ones(2))
+
+
+def test_the_classifier_is_the_whole_network(tmp_path):
+    whole = models.squeezenet1_1(weights=None).eval()
+    torch.save(whole.state_dict(), tmp_path / "mine.pth")
+    classifier = load_classifier("squeezenet1_1", str(tmp_path / "mine.pth")).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(classifier(images), ClassProbabilities(whole)(images))
+    assert load_classifier("timm/resnet18", "none") is None
