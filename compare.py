@@ -40,7 +40,10 @@ from common.retrieval.engine import load_available, load_embedder
 from common.retrieval.protocol import raw_pixel_embedder
 from common.storage import atomic_write, cache_folder
 
-QUALITY = ("precision@5", "recall@100", "accuracy@5", "map@100", "instance_hit_rate@1")
+QUALITY = (
+    *("precision@5", "recall@100", "accuracy@5", "map@100"),
+    *("instance_hit_rate@1", "instance_hit_rate@1_crop", "instance_hit_rate@1_all"),
+)
 
 
 @dataclass
@@ -78,9 +81,6 @@ def rows_of(results: dict[str, Result]) -> list[list[str]]:
         scores = [score_cell(score_of(result, metric), metric, name in best[metric]) for metric in columns]
         costs = [cost_cell(result, results, column) for column in COSTS]
         rows.append([f"[{name}]({result['approach']}.py){remarks(result)}", *scores, *costs])
-        if "metrics_frozen" in result:  # of schema 2 and before
-            frozen = [score_cell(result["metrics_frozen"].get(metric), metric) for metric in columns]
-            rows.append([f"{name}, before training", *frozen, *[""] * len(COSTS)])
     for baseline, label in BASELINES.items():
         holder = next((each for each in results.values() if baseline in each["baselines"]), None)
         if holder:

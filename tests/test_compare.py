@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from PIL import Image
 from common.config import UserError, parse_config
 from common.report.comparison import read_results
 from compare import Config, differences, main, rows_of, spread, table
-from tests.conftest import ROOT
 
 
 def score(value):
@@ -22,7 +20,9 @@ def score(value):
 def result_of(approach, precision, minutes, speed, latency, dim):
     """What the comparison reads of a result file."""
     return {
-        "schema": 2,
+        "schema": 3,
+        "protocol": 2,
+        "also": {},
         "per_query": {},
         "approach": approach,
         "config": {"split": "test", "seed": 0},
@@ -57,28 +57,27 @@ def files(results, tmp_path):
 
 
 def test_the_best_of_each_column_is_bold(results):
-    results["cnn"]["metrics_frozen"] = {"precision@5": score(0.94)}
-    head, siamese, autoencoder, cnn, frozen, pixels, chance = rows_of(results)
-    assert head[:6] == ["approach", "precision@5", "recall@100", "accuracy@5", "map@100", "instance_hit_rate@1"]
-    assert head[6:] == ["training, min", "photos/s", "ms per query", "dimensions"]
+    head, siamese, autoencoder, cnn, pixels, chance = rows_of(results)
+    instances = ["instance_hit_rate@1", "instance_hit_rate@1_crop", "instance_hit_rate@1_all"]
+    assert head[:8] == ["approach", "precision@5", "recall@100", "accuracy@5", "map@100", *instances]
+    assert head[8:] == ["training, min", "photos/s", "ms per query", "dimensions"]
     tied, missing = "**0.700** ± 0.010", ""
-    assert siamese[:6] == ["[siamese](siamese.py)", "**0.950** ± 0.010", missing, missing, tied, missing]
-    assert siamese[6:] == ["20.0", "1,500", "4.0", "**256**"]
-    assert autoencoder[:6] == ["[autoencoder](autoencoder.py)", "0.900 ± 0.010", missing, missing, tied, missing]
-    assert autoencoder[6:] == ["22.5", "**3,000**", "**2.5**", "512"]
+    assert siamese[:8] == ["[siamese](siamese.py)", "**0.950** ± 0.010", missing, missing, tied, *3 * [missing]]
+    assert siamese[8:] == ["20.0", "1,500", "4.0", "**256**"]
+    assert autoencoder[:8] == ["[autoencoder](autoencoder.py)", "0.900 ± 0.010", missing, missing, tied, *3 * [missing]]
+    assert autoencoder[8:] == ["22.5", "**3,000**", "**2.5**", "512"]
     # 0.935 + 0.01 reaches 0.95 - 0.01
-    assert cnn[:6] == ["[cnn](cnn_feature_extraction.py)", "**0.935** ± 0.010", missing, missing, tied, missing]
-    assert cnn[6:] == ["**6.0**", "1,500", "4.2", "512"]
-    assert frozen == ["cnn, before training", "0.940 ± 0.010", *[""] * 8]
-    assert pixels == ["raw pixels, 32 x 32", "0.550 ± 0.010", *[""] * 8]
-    assert chance == ["chance", "0.500 ± 0.010", *[""] * 8]
+    assert cnn[:8] == ["[cnn](cnn_feature_extraction.py)", "**0.935** ± 0.010", missing, missing, tied, *3 * [missing]]
+    assert cnn[8:] == ["**6.0**", "1,500", "4.2", "512"]
+    assert pixels == ["raw pixels, 32 x 32", "0.550 ± 0.010", *[""] * 10]
+    assert chance == ["chance", "0.500 ± 0.010", *[""] * 10]
 
 
 def test_speeds_of_different_machines_are_not_ranked(results):
     results["siamese"]["environment"] |= {"device": "NVIDIA H100", "commit": "34"}
     _, siamese, autoencoder, *_ = rows_of(results)
-    assert siamese[6:] == ["20.0", "1,500", "4.0", "**256**"]
-    assert autoencoder[6:] == ["22.5", "3,000", "2.5", "512"]
+    assert siamese[8:] == ["20.0", "1,500", "4.0", "**256**"]
+    assert autoencoder[8:] == ["22.5", "3,000", "2.5", "512"]
     assert "split test, seed 0; AMD EPYC and NVIDIA H100. ±" in table(results)
     assert "Training time and speeds are not ranked: they differ in commit, device." in table(results)
 
@@ -94,37 +93,19 @@ def test_synthetic_images_and_untrained_weights_are_marked(results):
     assert "| [cnn](cnn_feature_extraction.py) |" in text
 
 
-def test_results_of_schema_1_tell_synthetic_images_by_the_name_of_the_data_set(results, files, tmp_path):
-    for name, dataset in (("siamese", "drawn sample 1"), ("cnn", "pets")):
-        result = {
-            **results[name],
-            "schema": 1,
-            "per_query": None,
-            "dataset": {**results[name]["dataset"], "name": dataset},
-        }
-        del result["dataset"]["synthetic"]
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    text = table(read_results([Path(file) for file in files]))
-    assert "| [siamese](siamese.py) (synthetic images) |" in text
-    assert "| [cnn](cnn_feature_extraction.py) |" in text
-
-
-def test_a_cost_that_an_old_file_does_not_hold_is_an_empty_cell(results):
+def test_a_cost_that_a_file_does_not_hold_is_an_empty_cell(results):
     del results["cnn"]["timing"]["train_seconds"]
     _, siamese, autoencoder, cnn, *_ = rows_of(results)
-    assert [row[6] for row in (siamese, autoencoder, cnn)] == ["**20.0**", "22.5", ""]
-
-
-@pytest.mark.parametrize("name", ["cnn_feature_extraction", "cnn_feature_extraction.average"])
-def test_the_first_result_files_are_still_compared(name, tmp_path):
-    main(Config(files=(str(ROOT / f"results/reference/validation/{name}.json"),), results=str(tmp_path)))
-    assert f"| [{name}](cnn_feature_extraction.py) |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert [row[8] for row in (siamese, autoencoder, cnn)] == ["**20.0**", "22.5", ""]
 
 
 def test_a_file_without_what_is_compared_is_refused(results, tmp_path):
     path = tmp_path / "a.json"
     for parts, missing in (
-        ({"schema": 2}, "approach, config, dataset, model, metrics, baselines, timing, history, environment"),
+        (
+            {"schema": 3},
+            "approach, protocol, config, dataset, model, metrics, baselines, also, timing, history, environment",
+        ),
         ({**results["cnn"], "per_query": None, "config": {"split": "test"}, "model": 1}, "config, model"),
     ):
         path.write_text(json.dumps(parts))
@@ -164,7 +145,8 @@ def test_differences_from_the_best_of_a_column(results):
     with_values(results, {"siamese": best, "autoencoder": best - 0.125, "cnn": best + rng.choice([-0.25, 0.25], 100)})
     _, _, head, _, siamese, autoencoder, cnn, *_ = ["", *differences(results).splitlines()]
     assert (
-        head == "| difference from the best | precision@5 | recall@100 | accuracy@5 | map@100 | instance_hit_rate@1 |"
+        head == "| difference from the best | precision@5 | recall@100 | accuracy@5 | map@100 | "
+        "instance_hit_rate@1 | instance_hit_rate@1_crop | instance_hit_rate@1_all |"
     )
     assert siamese.startswith("| siamese | best |")
     assert autoencoder.startswith("| autoencoder | -0.125 (-0.125 to -0.125) |")

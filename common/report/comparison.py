@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.config import UserError
-from common.report.result_file import READABLE_SCHEMAS
+from common.report.result_file import SCHEMA
 from common.retrieval.metrics import bootstrap_means
 
 Result = dict[str, Any]
@@ -19,12 +19,14 @@ INCIDENTAL_FIELDS = {"seed", "results", "cache", "resume", "device", "embed_batc
 COST_FIELDS = ("commit", "cpu", "device", "threads", "precision")  # of the environment, which speeds depend on
 PARTS = {  # of a result file, that a comparison reads
     "approach": (),
+    "protocol": (),
     "config": ("seed", "split"),
     "dataset": ("name", "fingerprint", "gallery", "queries"),
     "model": ("weights", "embedding_dim"),
     "metrics": (),
     "baselines": (),
-    "timing": ("embed_photos_per_second", "query_latency_ms"),  # early files have no train_seconds
+    "also": (),
+    "timing": ("embed_photos_per_second", "query_latency_ms"),
     "history": (),
     "environment": COST_FIELDS,
 }
@@ -44,7 +46,7 @@ def read_results(paths: Sequence[Path]) -> dict[str, Result]:
         if isinstance(result, dict) and "benchmark" in result:
             continue
         schema = result.get("schema") if isinstance(result, dict) else None
-        if schema not in READABLE_SCHEMAS:
+        if schema != SCHEMA:
             raise UserError(
                 f"{path} is not a result file of this version (its schema is {schema!r}): run its script again"
             )
@@ -97,7 +99,7 @@ def require_comparable(results: dict[str, Result]) -> None:
     (first, reference), *others = results.items()
     for name, result in others:
         for part, key in (("", "protocol"), ("dataset", "fingerprint"), ("config", "split"), ("config", "seed")):
-            here, there = ((each[part][key] if part else each.get(key, 1)) for each in (reference, result))
+            here, there = ((each[part][key] if part else each[key]) for each in (reference, result))
             if here != there:
                 if key == "fingerprint":
                     here, there = (f"that of {each['dataset']['name']}" for each in (reference, result))
@@ -148,7 +150,7 @@ def ties(results: dict[str, Result], metric: str) -> set[str]:
 def score_of(result: Result, metric: str, baseline: str = "") -> dict[str, float] | None:
     """A score of a result, or of one of its baselines; of a further test set by "<test set>/<metric>"."""
     test_set, _, name = metric.rpartition("/")
-    part = result.get("also", {}).get(test_set, {}) if test_set else result
+    part = result["also"].get(test_set, {}) if test_set else result
     scores = part.get("baselines", {}).get(baseline, {}) if baseline else part.get("metrics", {})
     found: dict[str, float] | None = scores.get(name)
     return found
@@ -156,7 +158,7 @@ def score_of(result: Result, metric: str, baseline: str = "") -> dict[str, float
 
 def shared_test_sets(results: Iterable[Result]) -> list[str]:
     """The names of the further test sets, the same photos under the same name, that all results have."""
-    sets = [{name: each["fingerprint"] for name, each in result.get("also", {}).items()} for result in results]
+    sets = [{name: each["fingerprint"] for name, each in result["also"].items()} for result in results]
     return [name for name in sets[0] if all(each.get(name) == sets[0][name] for each in sets)]
 
 

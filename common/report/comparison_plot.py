@@ -24,7 +24,7 @@ GREY, GRID = "#57606a", "#e3e7eb"
 def remarks(result: Result) -> str:
     """What a reader must know of a result: synthetic images, untrained weights."""
     notes = []
-    if result["dataset"].get("synthetic", "drawn sample" in result["dataset"]["name"]):  # schema 1 has the name alone
+    if result["dataset"]["synthetic"]:
         notes.append("synthetic images")
     if "untrained" in result["model"]["weights"]:
         notes.append("untrained weights")

@@ -14,7 +14,6 @@ from common.retrieval.protocol import Evaluation
 from common.storage import atomic_write
 
 SCHEMA = 3  # version of the fields, which docs/result-file.md describes
-READABLE_SCHEMAS = (1, 2, 3)  # earlier ones had other names for some fields, and instance retrieval of trained photos
 NUM_LISTED = 10  # neighbours of each query in the .csv
 SUMMARY = (  # metrics on the screen; the result file has all
     *("precision@5", "recall@100", "accuracy@5"),  # the three that retrieval is judged by come first

@@ -141,9 +141,6 @@ def test_scores_of_results_baselines_and_further_test_sets():
     assert score_of(result, "my/products/map@r") == {"value": 0.125}
     for missing in (("map@100",), ("map@r", "pretrained"), ("my/products/map@r", "chance"), ("others/map@r",)):
         assert score_of(result, *missing) is None
-    del result["also"]  # of schema 2 and before
-    assert score_of(result, "map@r")["value"] == 0.5
-    assert score_of(result, "my/products/map@r") is None
 
 
 # Seeds
@@ -203,15 +200,6 @@ def test_what_can_not_be_compared_is_refused(part, key, value, values):
     )
 
 
-def test_results_of_old_schemas_are_of_protocol_1():
-    """They asked for copies of photos that were trained on."""
-    old, older, new = result_of(), result_of(), result_of()
-    del old["protocol"], older["protocol"]
-    require_comparable({"old": old, "older": older})
-    with pytest.raises(UserError, match="their protocol differs, 1 and 2"):
-        require_comparable({"old": old, "new": new})
-
-
 @pytest.mark.parametrize("field", ["commit", "cpu", "device", "threads", "precision"])
 def test_costs_depend_on_the_environment(field):
     results = [result_of(), result_of(), result_of()]
@@ -232,7 +220,7 @@ def test_further_test_sets_are_shared_where_names_and_photos_are_the_same():
     }
     assert shared_test_sets([first, second]) == ["cars"]
     assert shared_test_sets([first]) == ["products", "birds", "cars"]
-    del second["also"]  # of schema 2 and before
+    second["also"] = {}
     assert shared_test_sets([first, second]) == []
 
 
