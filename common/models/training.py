@@ -84,9 +84,19 @@ class Trainer:
         self.peak_learning_rate, self.total_steps = config.learning_rate, total_steps
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Calls the network, under autocast where the device is faster in 16 bits."""
+        """Calls the network, under autocast where the device is faster in 16 bits.
+
+        Raises `UserError` where it can't be compiled.
+        """
         with autocast(self.device, self.precision):
-            return self.compiled(*inputs)
+            if self.compiled is self.network:
+                return self.network(*inputs)
+            from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
+
+            try:
+                return self.compiled(*inputs)
+            except TorchDynamoException as error:  # no C++ compiler, for example
+                raise UserError(f"the network can't be compiled ({first_line(error)}): leave --compile out") from error
 
     def optimizer_step(self, loss: torch.Tensor, step: int) -> None:
         """One step down the gradient. In float16 the loss is scaled, and a step whose gradient overflows is skipped."""

@@ -222,3 +222,17 @@ def test_schedule():
     assert schedule(0.05) == 1
     assert schedule(0.525) == pytest.approx(0.5)
     assert schedule(1) == pytest.approx(0)
+
+
+def test_a_network_that_cannot_be_compiled(run, tmp_path, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def compile_to_nothing(network):
+        def fail(*inputs):
+            raise BackendCompilerFailed("inductor", RuntimeError("no working C++ compiler found"), None)
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_to_nothing)
+    with pytest.raises(UserError, match="the network can't be compiled .*: leave --compile out"):
+        run(Config(compile=True), tmp_path / "small.pt")
