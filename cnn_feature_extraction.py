@@ -3,10 +3,10 @@
 A network trained to classify the 1,000 classes of ImageNet has learned what things look like. Without its classifier,
 its last feature maps, pooled over the photo, map similar photos to nearby points (Razavian et al. 2014, CNN Features
 off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning adds a head for each level of similarity, whose
-outputs are the embedding together: one learns to classify the gallery's own classes; one keeps what the network's own
-classifier said (Hinton et al. 2015, Distilling the Knowledge in a Neural Network); one keeps the pre-trained features
-(Romero et al. 2015, FitNets) and matches two augmented views of a photo among those of others (InfoNCE, van den Oord et
-al. 2018). The scores before fine-tuning stand beside those after it in the result file.
+outputs are the embedding together: one learns to classify the gallery's own classes; one keeps the class probabilities
+of the pre-trained classifier (Hinton et al. 2015, Distilling the Knowledge in a Neural Network); one keeps the
+pre-trained features (Romero et al. 2015, FitNets) and matches two augmented views of a photo among those of others
+(InfoNCE, van den Oord et al. 2018). The scores before fine-tuning stand beside those after it in the result file.
 
     python cnn_feature_extraction.py
     python cnn_feature_extraction.py --epochs 0       # pre-trained features, no fine-tuning
@@ -50,8 +50,10 @@ class Config(RunConfig):
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
 
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
-    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
-    kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
+    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
+    kind_weight: Annotated[float, Range(0, 1000)] = (
+        0.75  # of its length in the embedding; 0: no such head; timm and untrained: none
+    )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
 
@@ -59,7 +61,7 @@ class Config(RunConfig):
     scale: Annotated[float, Range(0.1, 1000)] = 16.0  # of the cosines, an inverse temperature: larger is sharper
     view_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.05  # of InfoNCE: a lower one puts more weight on hard negatives
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping what the network saw before; 0: it may be lost
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping pre-trained features and probabilities; 0: off
     whitening: Annotated[float, Range(0, 1)] = 0.5  # of what to keep: how far their variances are made equal
 
     # Training
@@ -136,8 +138,8 @@ def main(config: Config) -> Path:
             f"{run.folder} has one class only, but fine-tuning learns to tell classes apart: use the features as they "
             "are with --epochs 0, or train on views alone with python siamese.py"
         )
-    kinds = config.epochs > 0 and config.kind_weight > 0
-    task = run.prepare_training(frozen, backbone.weights, split, views_alone=True, kinds=kinds)
+    with_classifier = config.epochs > 0 and config.kind_weight > 0
+    task = run.prepare_training(frozen, backbone.weights, split, True, with_classifier)
 
     embedding_network = MultiLevelNetwork(backbone, config, task.num_kinds)
     targets = embedding_network.init_heads(task.features, task.kinds, config.whitening).to(run.device)

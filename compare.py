@@ -10,7 +10,6 @@ conditions are shown but not ranked.
 2008): photos with similar embeddings lie together.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,7 +64,7 @@ def machines(results: dict[str, Result]) -> list[str]:
 
 
 COSTS: dict[str, tuple[Callable[[Result], float], str, Callable]] = {  # column: (value, format, what is best)
-    "training, min": (lambda result: result["timing"].get("train_seconds", math.nan) / 60, ".1f", min),
+    "training, min": (lambda result: result["timing"]["train_seconds"] / 60, ".1f", min),
     "photos/s": (lambda result: result["timing"]["embed_photos_per_second"], ",.0f", max),
     "ms per query": (lambda result: result["timing"]["query_latency_ms"]["p50"], ".1f", min),
     "dimensions": (lambda result: result["model"]["embedding_dim"], "d", min),
@@ -104,11 +103,9 @@ def score_cell(score: dict | None, metric: str, bold: bool = False) -> str:
 
 
 def cost_cell(result: Result, results: dict[str, Result], column: str) -> str:
-    """A cost, bold where it is the best; speeds under different conditions are not ranked. Empty if not measured."""
+    """A cost, bold where it is the best; speeds under different conditions are not ranked."""
     read, form, choose = COSTS[column]
-    if math.isnan(read(result)):
-        return ""
-    values = {value for other in results.values() if not math.isnan(value := read(other))}
+    values = {read(other) for other in results.values()}
     comparable = column == "dimensions" or not cost_difference(results.values())
     text = format(read(result), form)
     return f"**{text}**" if comparable and len(values) > 1 and read(result) == choose(values) else text

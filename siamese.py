@@ -6,8 +6,8 @@ alone, it collapses each class into a point, and the nearest photos no longer lo
 a head for each level of similarity, whose outputs are the embedding together:
 
 - class: pairs of a class
-- kind: what the pre-trained network's own classifier said (Hinton et al. 2015, Distilling the Knowledge in a Neural
-  Network): ImageNet's 1,000 classes name what the folders don't, such as breeds
+- kind: the class probabilities of the pre-trained classifier (Hinton et al. 2015, Distilling the Knowledge in a Neural
+  Network), as ImageNet's 1,000 classes name what the folders don't, such as breeds
 - detail: the pre-trained features (Romero et al. 2015, FitNets), while two augmented views of a photo must identify
   each other among all other views in the batch (InfoNCE, van den Oord et al. 2018)
 
@@ -52,8 +52,10 @@ class Config(RunConfig):
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
-    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
-    kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
+    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
+    kind_weight: Annotated[float, Range(0, 1000)] = (
+        0.75  # of its length in the embedding; 0: no such head; timm and untrained: none
+    )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
 
@@ -63,7 +65,7 @@ class Config(RunConfig):
     reduction: Literal["mean", "avg_non_zero"] = "mean"  # over all pairs, or over those with a loss above zero
     view_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.05  # of InfoNCE: a lower one puts more weight on hard negatives
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping what the network saw before; 0: it may be lost
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping pre-trained features and probabilities; 0: off
     whitening: Annotated[float, Range(0, 1)] = 0.5  # of what to keep: how far their variances are made equal
 
     # Training
@@ -133,12 +135,13 @@ def main(config: Config) -> Path:
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded)
-    task = run.prepare_training(frozen, backbone.weights, split, config.view_weight > 0, config.kind_weight > 0)
+    views_alone, with_classifier = config.view_weight > 0, config.kind_weight > 0
+    task = run.prepare_training(frozen, backbone.weights, split, views_alone, with_classifier)
 
     network = MultiLevelNetwork(backbone, config, task.num_kinds)
     targets = network.init_heads(task.features, task.kinds, config.whitening)
     if backbone.weights != UNTRAINED:
-        task = task._replace(targets=targets.to(run.device))
+        task = task._replace(targets=targets.to(run.device), kinds=None)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = partial(training_step, config=config, heads=network, preprocessing=backbone.preprocessing, task=task)
     model = {"backbone": config.backbone, "weights": backbone.weights}

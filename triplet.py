@@ -3,8 +3,8 @@
 An anchor is to be nearer to a positive, a photo of its class, than to a negative, a photo of another class, by a
 margin (Schroff, Kalenichenko and Philbin 2015, FaceNet). Which of a batch's many triplets count is a question of mining
 (Hermans, Beyer and Leibe 2017, In Defense of the Triplet Loss). As in siamese.py, that trains one head; another keeps
-what the pre-trained network's classifier said, and a third keeps its features and tells views of a photo from those of
-others.
+the class probabilities of the pre-trained classifier, and a third its features, and tells views of a photo from those
+of others.
 
     python triplet.py
     python triplet.py --mining batch_hard
@@ -49,8 +49,10 @@ class Config(RunConfig):
     whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
-    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained classifier's answer
-    kind_weight: Annotated[float, Range(0, 1000)] = 0.75  # of its length in the embedding; 0: no such head
+    kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
+    kind_weight: Annotated[float, Range(0, 1000)] = (
+        0.75  # of its length in the embedding; 0: no such head; timm and untrained: none
+    )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
 
@@ -59,16 +61,14 @@ class Config(RunConfig):
     mining: Literal["batch_hard", "semi_hard", "batch_all"] = "semi_hard"  # which triplets of a batch count
     view_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.05  # of InfoNCE: a lower one puts more weight on hard negatives
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping what the network saw before; 0: it may be lost
+    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping pre-trained features and probabilities; 0: off
     whitening: Annotated[float, Range(0, 1)] = 0.5  # of what to keep: how far their variances are made equal
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
     epochs: Annotated[int, Range(0, 100_000)] = 3  # passes over the training photos
-    batch_size: Annotated[int, Range(2, 65_536)] = (
-        64  # photos per step; the contrastive loss is over every pair of their views
-    )
+    batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step; triplets are of their views
     learning_rate: Annotated[float, Range(1e-9, 10)] = 3e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
@@ -144,12 +144,13 @@ def main(config: Config) -> Path:
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded)
-    task = run.prepare_training(frozen, backbone.weights, split, config.view_weight > 0, config.kind_weight > 0)
+    views_alone, with_classifier = config.view_weight > 0, config.kind_weight > 0
+    task = run.prepare_training(frozen, backbone.weights, split, views_alone, with_classifier)
 
     network = MultiLevelNetwork(backbone, config, task.num_kinds)
     targets = network.init_heads(task.features, task.kinds, config.whitening)
     if backbone.weights != UNTRAINED:
-        task = task._replace(targets=targets.to(run.device))
+        task = task._replace(targets=targets.to(run.device), kinds=None)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = partial(training_step, config=config, heads=network, preprocessing=backbone.preprocessing, task=task)
     model = {"backbone": config.backbone, "weights": backbone.weights}

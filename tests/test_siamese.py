@@ -117,7 +117,7 @@ def test_class_pairs_only(run_script, synthetic_photos, tmp_path):
 
 def test_further_test_sets_and_pretrained_weights(run_script, synthetic_photos, tmp_path):
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "mine.pth")
-    ours = ("--weights", "mine.pth", "--epochs", "0")
+    ours = ("--weights", "mine.pth", "--epochs", "1")
     options = ("--data", str(synthetic_photos), *SMALL, *ours, "--also", str(synthetic_photos))
     ended = run_script("siamese.py", *options, str(synthetic_photos / "cat"))
     assert ended.returncode == 0, ended.stderr
@@ -130,6 +130,8 @@ def test_further_test_sets_and_pretrained_weights(run_script, synthetic_photos, 
     assert read(tmp_path / "results")["model"]["embedding_dim"] == 128 + 256 + 384  # classes, kinds, details
     network = from_checkpoint(Checkpoint.load(tmp_path / "results" / "siamese.pt"))
     assert network.kind_head.logits.out_features == 1000
+    terms = read(tmp_path / "results")["history"][0]
+    assert 0 < terms["features"] < 16  # of unit vectors, kinds and details, twice: at most 4 times feature_weight
     assert cats["metrics"] == {}  # of one class
     assert f"{synthetic_photos.name}: 120 queries, 2 classes, each photo against all others" in ended.stdout
     ended = run_script("siamese.py", *options, str(synthetic_photos))

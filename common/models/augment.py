@@ -19,11 +19,13 @@ YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.31
 
 
 def random_views(images: torch.Tensor, min_crop_area: float, size: int) -> torch.Tensor:
-    """float32 [B, size, size, 3], RGB in [0, 255]: what is left of each photo after all that this module does.
+    """float32 [B, size, size, 3], RGB in [0, 255]: a part of each photo, mirrored, stretched, sheared, color-jittered,
+    partly erased and of lower resolution, each at random.
 
     Args:
         images: uint8 [B, S, S, 3].
-        min_crop_area: of a crop, as a fraction of the photo in (0, 1]; areas are uniform up to 1.
+        min_crop_area: of a crop, as a fraction of the photo in (0, 1]; areas are uniform up to 1, before a stretched
+            crop is cut to the photo's sides.
         size: pixels, square, that a crop is resized to.
 
     Draws from torch's generators of the images' device and of the CPU.
@@ -83,7 +85,7 @@ def random_erasing(images: torch.Tensor) -> torch.Tensor:
 def random_resolution(images: torch.Tensor) -> torch.Tensor:
     """float32 [B, 3, S, S]; half of the images as if they had been smaller, by one factor for all of them."""
     size = images.shape[2]
-    smaller = round(size * LOW_RESOLUTION ** float(torch.rand(())))
+    smaller = max(1, round(size * LOW_RESOLUTION ** float(torch.rand(()))))
     small = functional.interpolate(images, smaller, mode="bilinear", antialias=True)
     is_small = (_uniform(images, 0, 1) < 0.5).view(-1, 1, 1, 1)
     return torch.where(is_small, functional.interpolate(small, size, mode="bilinear"), images)

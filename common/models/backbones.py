@@ -79,7 +79,7 @@ class ClassProbabilities(nn.Module):
 
 
 def load_classifier(name: str, weights: str) -> nn.Module | None:
-    """What the whole pre-trained network says that a photo shows, as `ClassProbabilities`.
+    """The whole pre-trained network, with its classifier, as `ClassProbabilities`.
 
     Arguments as for `load_backbone`, which has loaded the weights before. None for a network of timm: many of those are
     trained without classes.

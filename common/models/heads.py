@@ -11,6 +11,7 @@ from common.models.backbones import Backbone, rebuild_backbone
 from common.models.checkpoint import Checkpoint, strip_prefix
 from common.models.pca import principal_components
 
+MAX_SAMPLE = 20_000  # photos that the heads' initial weights are computed from
 RIDGE = 0.01  # penalty of the fitted logits, relative to the mean variance of a feature
 
 
@@ -29,7 +30,7 @@ class FeatureHead(nn.Module):
     @torch.no_grad()
     def init_principal(self, features: torch.Tensor, whitening: float) -> torch.Tensor:
         """Makes the map that to the whitened principal components of unit vectors NxC; returns these, NxD."""
-        mean, directions = principal_components(features, self.linear.out_features, whitening)
+        mean, directions = principal_components(sample(features), self.linear.out_features, whitening)
         self.linear.weight.copy_(directions)
         self.linear.bias.copy_(-directions @ mean)
         return self.linear(features)
@@ -45,10 +46,10 @@ class FeatureHead(nn.Module):
 
 
 class KindHead(nn.Module):
-    """What kind of thing a photo shows: class probabilities such as those of the pre-trained network's own classifier.
+    """What kind of thing a photo shows: class probabilities such as those of the pre-trained classifier.
 
-    Their square roots are a unit vector; the dot product of two of them, the Bhattacharyya coefficient, says how much
-    two distributions overlap. Principal components keep it in fewer dimensions.
+    Their square roots are a unit vector; the dot product of two, the Bhattacharyya coefficient, says how much two
+    distributions overlap. Their whitened principal components are the output.
     """
 
     def __init__(self, feature_dim: int, num_classes: int, dim: int) -> None:
@@ -64,10 +65,11 @@ class KindHead(nn.Module):
 
     @torch.no_grad()
     def init_from_classifier(self, features: torch.Tensor, roots: torch.Tensor, whitening: float) -> torch.Tensor:
-        """Fits the classifier's logits by ridge regression; returns the components of its own probabilities, NxD.
+        """Fits the classifier's logits by ridge regression; returns the components of its probabilities, NxD.
 
         `features`: unit vectors NxC; `roots`: square roots of the classifier's probabilities of the same photos, NxK.
         """
+        classified, features, roots = roots, sample(features), sample(roots)
         mean, directions = principal_components(roots, self.components.out_features, whitening)
         self.components.weight.copy_(directions)
         self.components.bias.copy_(-directions @ mean)
@@ -76,7 +78,12 @@ class KindHead(nn.Module):
         weight, bias = ridge_regression(features, logits)
         self.logits.weight.copy_(weight)
         self.logits.bias.copy_(bias)
-        return self.components(roots)
+        return self.components(classified)
+
+
+def sample(vectors: torch.Tensor) -> torch.Tensor:
+    """Up to `MAX_SAMPLE` rows, evenly spread: enough to fit a linear map, whatever the number of photos."""
+    return vectors[:: -(-len(vectors) // MAX_SAMPLE)]
 
 
 def ridge_regression(inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,9 +126,9 @@ class MultiLevelNetwork(nn.Module):
         """Bx3xSxS -> float32 BxE"""
         features = self.backbone(images)  # BxC
         parts = [functional.normalize(self.class_head(features))]
-        if self.kind_head:
+        if self.kind_head is not None:
             parts.append(self.kind_weight * functional.normalize(self.kind_head(features)))
-        if self.detail_head:
+        if self.detail_head is not None:
             parts.append(self.detail_weight * functional.normalize(self.detail_head(features)))
         return torch.cat(parts, 1)
 
@@ -131,7 +138,11 @@ class MultiLevelNetwork(nn.Module):
         Those of a missing kind head have no columns; those of a missing detail head are those of the class head.
         """
         classes, kinds, details = embeddings.split(self.dims, 1)
-        return classes, kinds / (self.kind_weight or 1), details / self.detail_weight if self.detail_head else classes
+        return (
+            classes,
+            kinds / (self.kind_weight or 1),
+            classes if self.detail_head is None else details / self.detail_weight,
+        )
 
     @torch.no_grad()
     def init_heads(self, features: torch.Tensor, kinds: torch.Tensor | None, whitening: float) -> torch.Tensor:
@@ -142,10 +153,12 @@ class MultiLevelNetwork(nn.Module):
         """
         self.class_head.init_orthogonal(features)
         kept = []
-        if self.kind_head and kinds is not None:
+        if self.kind_head is not None and kinds is not None:
             kept.append(self.kind_head.init_from_classifier(features, kinds, whitening))
         kept.append(
-            self.detail_head.init_principal(features, whitening) if self.detail_head else self.class_head(features)
+            self.class_head(features)
+            if self.detail_head is None
+            else self.detail_head.init_principal(features, whitening)
         )
         return torch.cat([functional.normalize(each) for each in kept], 1)
 

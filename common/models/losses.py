@@ -30,9 +30,8 @@ def unsupervised_losses(
     """The terms that need no classes: two views of a photo find each other, and a view keeps what the pre-trained
     network made of the whole photo.
 
-    The second is a squared distance for features (Romero et al. 2015, FitNets) and for square roots of class
-    probabilities (the Hellinger distance; Hinton et al. 2015, Distilling the Knowledge in a Neural Network). So what
-    labels don't name, such as breeds, stays apart.
+    The second is a squared distance, for features (Romero et al. 2015, FitNets) and for class probabilities (Hinton et
+    al. 2015, Distilling the Knowledge in a Neural Network). So what labels don't name, such as breeds, stays apart.
 
     `kinds`, `details`: float [V * B, K] and [V * B, D], unit vectors of V views of B photos, the first view of all,
     then the second; K may be 0. `targets`: float [B, K + D], those of the whole photos before training; None if there

@@ -8,12 +8,14 @@ def principal_components(vectors: torch.Tensor, dim: int, whitening: float) -> t
 
     A component of variance v gets variance v^(1 - whitening): 0 keeps the angles about the mean, 1 makes all components
     alike (Jegou and Chum 2012). A few strong directions dominate the cosines; whitening shrinks them. The mean squared
-    length of the components is 1.
+    length of the components is 1. Directions in which the vectors don't vary, as with fewer of them than `dim`, are
+    left out (zeros): whitening would make other vectors nothing but noise along them.
     """
     mean = vectors.mean(0)
     centered = (vectors - mean).double()
     variances, directions = torch.linalg.eigh(centered.T @ centered / len(vectors))  # the smallest first
     variances, directions = variances.flip(0)[:dim], directions.flip(1)[:, :dim]
-    scales = variances.clamp(min=1e-6 * variances[0]) ** (-whitening / 2)
-    length = (variances * scales**2).sum().sqrt()  # root of the mean squared length
+    smallest = (1e-6 * variances[0]).clamp(min=1e-30)
+    scales = torch.where(variances > smallest, variances.clamp(min=smallest) ** (-whitening / 2), 0)
+    length = (variances * scales**2).sum().clamp(min=1e-30).sqrt()  # root of the mean squared length
     return mean, (directions * scales / length).T.float()

@@ -96,7 +96,8 @@ class Trainer:
             try:
                 return self.compiled(*inputs)
             except TorchDynamoException as error:  # no C++ compiler, for example
-                raise UserError(f"the network can't be compiled ({first_line(error)}): leave --compile out") from error
+                cause = first_line(getattr(error, "inner_exception", error))
+                raise UserError(f"the network can't be compiled ({cause}): leave --compile out") from error
 
     def optimizer_step(self, loss: torch.Tensor, step: int) -> None:
         """One step down the gradient. In float16 the loss is scaled, and a step whose gradient overflows is skipped."""

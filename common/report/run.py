@@ -42,7 +42,7 @@ from common.retrieval.protocol import (
 from common.storage import atomic_write, cache_folder, require_writable
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
-SAMPLE = 256  # photos from whose features untrained heads start
+SAMPLE = 512  # photos from whose features untrained heads start
 
 
 class Task(NamedTuple):
@@ -116,12 +116,15 @@ class Run(Generic[ConfigT]):
         """Scores a network to compare the run's own with, on the same photos; before training changes it."""
         self.baselines[name] = score_baseline(embedder, split.test, self.also, self.config.seed)
 
-    def prepare_training(self, frozen: Embedder, weights: str, split: Split, views_alone: bool, kinds: bool) -> Task:
+    def prepare_training(
+        self, frozen: Embedder, weights: str, split: Split, views_alone: bool, with_classifier: bool
+    ) -> Task:
         """Scores the backbone as it is, before training changes it, and keeps what it makes of the training photos.
 
         Of an untrained backbone there is nothing to score, and the features of `SAMPLE` photos are enough. `weights`:
-        those of the backbone. `views_alone`: whether the approach can train without classes. `kinds`: whether to ask
-        its classifier too, if it has one. Raises `UserError` if there is one class only and `views_alone` is false.
+        those of the backbone. `views_alone`: whether the approach can train without classes. `with_classifier`:
+        whether to keep its class probabilities too, if it has a classifier. Raises `UserError` if there is one class
+        only and `views_alone` is false.
         """
         has_classes = len(split.train.classes) > 1
         if not (has_classes or views_alone):
@@ -136,13 +139,13 @@ class Run(Generic[ConfigT]):
             self.measure_baseline("pretrained", frozen, split)
         features = torch.from_numpy(frozen.embed_photos(photos, "features before training"))
         config: Any = self.config  # of an approach with a backbone
-        classifier = load_classifier(config.backbone, config.weights) if kinds and weights != UNTRAINED else None
+        classifier = (
+            load_classifier(config.backbone, config.weights) if with_classifier and weights != UNTRAINED else None
+        )
         if classifier is None:
             return Task(has_classes, features)
-        embedder = Embedder(
-            classifier, frozen.preprocessing, self.device, config.embed_batch_size, None, frozen.decoded
-        )
-        return Task(has_classes, features, torch.from_numpy(embedder.embed_photos(photos, "kinds before training")))
+        kinds = self.embedder(classifier, frozen.decoded).embed_photos(photos, "class probabilities before training")
+        return Task(has_classes, features, torch.from_numpy(kinds))
 
     def train(
         self,

@@ -1,8 +1,9 @@
 """Distorted copies of photos, which must find their original: the queries of instance retrieval.
 
 The kinds are those that photos meet on their way through phones and social networks, as in copy detection (Pizzi et al.
-2022, A Self-Supervised Descriptor for Image Copy Detection; Douze et al. 2021, DISC21). Of these kinds, training uses
-crops alone (`common.models.augment`).
+2022, A Self-Supervised Descriptor for Image Copy Detection; Douze et al. 2021, DISC21). Training uses crops too
+(`common.models.augment`); its lower resolution, erased rectangle and shear are milder relatives of blur, screenshot,
+overlay, rotation and perspective. Of border, grey and all at once it has none.
 """
 
 from collections.abc import Callable

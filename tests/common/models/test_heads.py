@@ -47,7 +47,7 @@ def network_of(backbone, num_kinds=9, **changed):
     return MultiLevelNetwork(backbone, SimpleNamespace(**config), num_kinds).eval()
 
 
-def test_the_embedding_is_all_heads_weighed(backbone):
+def test_the_embedding_is_all_heads_weighted(backbone):
     network = network_of(backbone)
     images = torch.rand(3, 3, 64, 64)
     with torch.inference_mode():

@@ -26,3 +26,14 @@ def test_whitening_by_nothing_keeps_the_angles_about_the_mean():
     centered = torch.nn.functional.normalize(vectors - mean)
     found = torch.nn.functional.normalize((vectors - mean) @ directions.T)
     assert torch.allclose(found @ found.T, centered @ centered.T, atol=1e-5)
+
+
+def test_directions_without_variance_are_left_out():
+    """Others than the vectors may vary along them: whitening would make that noise all there is."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, others = (torch.randn(count, 50, generator=generator) for count in (20, 100))
+    mean, directions = principal_components(vectors, 40, 0.5)
+    assert (directions.norm(dim=1) > 0).tolist() == [True] * 19 + [False] * 21
+    lengths = ((others - mean) @ directions.T).square().sum(1)
+    assert lengths.mean() < 2
+    assert principal_components(torch.ones(5, 3), 3, 0.5)[1].isfinite().all()  # nothing varies
