@@ -106,10 +106,11 @@ class Run(Generic[ConfigT]):
         config = self.config
         everyone = (*consumers, self.raw_pixels)
         split = load_split(self.folder, config.queries, config.split, config.seed, everyone, config.labelled)
-        for folder in (Path(name).absolute() for name in config.also):  # the name of . would be that of no folder
-            if folder.name in self.also:
-                raise UserError(f"two folders of --also are called {folder.name}: rename one, as results go by names")
-            self.also[folder.name] = leave_one_out(load_photos(folder, everyone, f"reading {folder.name}"))
+        for folder in map(Path, config.also):
+            name = folder.absolute().name  # that of . would be empty
+            if name in self.also:
+                raise UserError(f"two folders of --also are called {name}: rename one, as results go by names")
+            self.also[name] = leave_one_out(load_photos(folder, everyone, f"reading {name}"))
         return split
 
     def measure_baseline(self, name: str, embedder: Embedder, split: Split) -> None:

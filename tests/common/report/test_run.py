@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.config import RunConfig, UserError
-from common.data.split import fingerprint
+from common.data.split import describe_test_set, fingerprint
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.report import run as module
@@ -128,6 +128,7 @@ def test_further_test_sets_are_named_by_their_folders(begin, synthetic_photos, t
     here = begin(also=(".",))
     here.load_photos()
     assert here.also.keys() == {synthetic_photos.name}
+    assert describe_test_set(here.also[synthetic_photos.name])["folder"] == "."  # as typed: files are shared
     with pytest.raises(UserError, match="two folders of --also are called cat: rename one, as results go by names"):
         begin(also=("cat", str(synthetic_photos / "cat"))).load_photos()
 
