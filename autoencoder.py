@@ -15,6 +15,11 @@ pre-trained with those of other photos (ImageNet).
 
     python autoencoder.py
     python autoencoder.py --feature-weight 0     # pixels alone, from random weights
+
+Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on one core of an Intel Xeon in
+float32: precision@5 0.962, instance_hit_rate@1_crop 0.868, recall@1 by dog breed 0.420 after 42 minutes of training;
+the pre-trained network as it is has 0.944, 0.799 and 0.465 (results/reference/autoencoder.json). Reconstructions have a
+PSNR of 25.0 dB, those of as many principal components 25.0 dB.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from torchvision import models
 
 from common.config import parse_config
 from common.report.comparison import read_results
-from common.report.result_file import SCHEMA, SUMMARY, summary
+from common.report.result_file import SUMMARY, summary
 from compare import table
 from tests.conftest import ROOT
 
@@ -19,11 +19,10 @@ PAGES = {
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
 }
 README, PERFORMANCE, LOG = PAGES["README.md"], PAGES["docs/performance.md"], PAGES["docs/log.md"]
+NAMES = ("cnn_feature_extraction", "autoencoder", "siamese", "triplet")
 REFERENCE = {
-    name: json.loads((ROOT / "results" / "reference" / f"{name}.json").read_text(encoding="utf-8"))
-    for name in ("cnn_feature_extraction", "autoencoder", "siamese", "siamese.class_pairs")
+    name: json.loads((ROOT / "results" / "reference" / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES
 }
-CURRENT = json.loads((ROOT / "results" / "reference" / "protocol2" / "siamese.json").read_text(encoding="utf-8"))
 SPEEDS = {  # how a row of the table begins: (benchmark, ratio)
     "exact search, 18,000 photos, 5 neighbours | faiss": ("exact_search", "faiss_18000_top5"),
     "exact search, 18,000 photos, 100 neighbours | faiss": ("exact_search", "faiss_18000_top100"),
@@ -52,8 +51,7 @@ def on_one_line(text: str) -> str:
 
 
 def test_the_table_is_what_compare_makes_of_the_reference_files():
-    for folder in ("reference", "reference/protocol2"):
-        assert table(read_results(sorted((ROOT / "results" / folder).glob("*.json")))) in README
+    assert table(read_results(sorted((ROOT / "results" / "reference").glob("*.json")))) in README
 
 
 def test_the_claims_are_those_of_the_reference_runs():
@@ -61,39 +59,33 @@ def test_the_claims_are_those_of_the_reference_runs():
         assert (result["dataset"]["gallery"], result["dataset"]["queries"]) == (18_000, 2_000)
         assert result["config"]["split"] == "test"
         assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"])  # of a clean checkout
-    scores, dogs = CURRENT["metrics"], CURRENT["also"]["dogs"]
-    before = CURRENT["baselines"]["pretrained"]
-    claim = f"{scores['precision@5']['value']:.1%} of the five nearest photos".replace("%", " %")
-    assert claim in on_one_line(README)
-    found = f"{scores['instance_hit_rate@1_crop']['value']:.1%} of the time".replace("%", " %")
-    assert found in on_one_line(README)
+    siamese = REFERENCE["siamese"]
+    scores, before, dogs = siamese["metrics"], siamese["baselines"]["pretrained"], siamese["also"]["dogs"]
     figures = [
-        dogs["metrics"]["hit_rate@1"],
-        *(before["precision@5"], before["instance_hit_rate@1_crop"], dogs["baselines"]["pretrained"]["hit_rate@1"]),
+        (scores["precision@5"], before["precision@5"]),
+        (scores["instance_hit_rate@1_crop"], before["instance_hit_rate@1_crop"]),
+        (dogs["metrics"]["hit_rate@1"], dogs["baselines"]["pretrained"]["hit_rate@1"]),
     ]
-    own, *others = (f"{each['value']:.3f}" for each in figures)
-    claim = f"(recall@1 {own}; pre-trained network {others[0]}, {others[1]} and {others[2]})"
-    assert claim in on_one_line(README)
-    minutes = CURRENT["timing"]["train_seconds"] / 60
-    assert f"{minutes:.0f} minutes of training" in on_one_line(README)
+    text = on_one_line(README)
+    for own, frozen in figures:
+        assert f"{own['value']:.1%} ({frozen['value']:.1%} before training)".replace("%", " %") in text
+    assert f"{siamese['timing']['train_seconds'] / 60:.0f} minutes of training" in text
 
 
-@pytest.mark.parametrize(
-    ("script", "metrics"),
-    [
-        ("siamese", ("precision@5", "instance_hit_rate@1_crop")),
-        ("autoencoder", ("precision@5",)),
-        ("cnn_feature_extraction", ("precision@5",)),
-    ],
-)
-def test_the_docstrings_are_those_of_the_reference_runs(script, metrics):
-    text, result = (ROOT / f"{script}.py").read_text(encoding="utf-8"), {**REFERENCE, "siamese": CURRENT}[script]
-    if result["schema"] < SCHEMA:  # of another version of the script, which has no figures yet
-        assert "Measured" not in text
-        return
-    for metric in metrics:
-        assert f"{result['metrics'][metric]['value']:.3f}" in text
+@pytest.mark.parametrize("script", ["cnn_feature_extraction", "autoencoder", "siamese", "triplet"])
+def test_the_docstrings_are_those_of_the_reference_runs(script):
+    text, result = on_one_line((ROOT / f"{script}.py").read_text(encoding="utf-8")), REFERENCE[script]
+    scores, before = result["metrics"], result["baselines"]["pretrained"]
+    dogs = result["also"]["dogs"]
+    own = [scores["precision@5"], scores["instance_hit_rate@1_crop"], dogs["metrics"]["hit_rate@1"]]
+    frozen = [before["precision@5"], before["instance_hit_rate@1_crop"], dogs["baselines"]["pretrained"]["hit_rate@1"]]
+    for (first, second, third), claim in (
+        (own, "precision@5 {}, instance_hit_rate@1_crop {}, recall@1 by dog breed {}"),
+        (frozen, "the pre-trained network as it is has {}, {} and {}"),
+    ):
+        assert claim.format(*(f"{each['value']:.3f}" for each in (first, second, third))) in text
     assert f"{result['timing']['train_seconds'] / 60:.0f} minutes" in text
+    assert result["config"]["seed"] == 0
 
 
 def test_the_speeds_are_those_of_the_benchmarks():
@@ -130,7 +122,7 @@ def test_the_output_shown_is_of_the_program():
     online, offline = (
         re.search(rf"<!-- {name} -->\n```\n(.*?)\n```\n", README, re.DOTALL)[1] for name in ("online", "offline")
     )
-    expected = summary(REFERENCE["cnn_feature_extraction"]).strip("\n").splitlines()
+    expected = summary(REFERENCE["cnn_feature_extraction"] | {"also": {}}).strip("\n").splitlines()
     assert online.splitlines() == [line.rstrip() for line in expected]
     assert re.findall(r"^(\w+(?:@\w+)?) +\d\.\d{3,4}  \d", offline, re.MULTILINE) == list(SUMMARY)
 
