@@ -1,25 +1,20 @@
 """Approach 2: the code of an autoencoder, without labels; k nearest neighbours by cosine similarity.
 
-An encoder compresses a photo into a vector, the code, from which a decoder reconstructs the photo (Hinton and
-Salakhutdinov 2006). To reconstruct takes colors and layout; to search takes what is in the photo. So the code has two
-parts, and the decoder sees both and nothing else:
+An encoder compresses a photo into a code, from which a decoder reconstructs it (Hinton and Salakhutdinov 2006):
 
-- appearance: the principal components of the small photo, which are computed, not trained: they are the best linear
-  autoencoder (Baldi and Hornik 1989)
-- semantics: a pre-trained CNN with a linear map. It learns to give an augmented view of a photo the whitened features
-  that it gave the whole photo before (a denoising autoencoder on features: Vincent et al. 2008; Romero et al. 2015), so
-  that crop, mirroring and lighting barely change them
+- appearance: the principal components of the small photo, the best linear autoencoder (Baldi and Hornik 1989)
+- semantics: a pre-trained CNN with a linear map, which learns to give an augmented view of a photo the whitened
+  features that it gave the whole photo before (denoising, on features: Vincent et al. 2008; Romero et al. 2015)
 
-In the search appearance counts little (`appearance_weight`). The labels of the photos are not used; the CNN was
-pre-trained with those of other photos (ImageNet).
+In the search appearance counts little. No labels are used but those that the CNN was pre-trained with (ImageNet).
 
     python autoencoder.py
     python autoencoder.py --feature-weight 0     # pixels alone, from random weights
 
 Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on one core of an Intel Xeon in
 float32: precision@5 0.962, instance_hit_rate@1_crop 0.868, recall@1 by dog breed 0.420 after 42 minutes of training;
-the pre-trained network as it is has 0.944, 0.799 and 0.465 (results/reference/autoencoder.json). Reconstructions have a
-PSNR of 25.0 dB, those of as many principal components 25.0 dB.
+the pre-trained network as it is has 0.944, 0.799 and 0.465. Reconstructions have a PSNR of 25.0 dB, as those of as
+many principal components (results/reference/autoencoder.json).
 """
 
 from collections.abc import Callable
@@ -225,8 +220,8 @@ def main(config: Config) -> Path:
     history = run.train(network, step, split.train, decoded, model)
     embedder = run.embedder(network.encoder, decoded)
     evaluation = run.evaluate(embedder, split)
-    dim = config.appearance_dim + config.semantic_dim
-    scores, picture = score_reconstructions(network.encoder, network.decoder, decoded, split, config.output_size, dim)
+    size, dim = config.output_size, config.appearance_dim + config.semantic_dim
+    scores, picture = score_reconstructions(network.encoder, network.decoder, decoded, split, size, dim)
     extra, pictures = {"reconstruction": scores}, {"reconstructions": picture}
     return run.report(embedder, model, split, evaluation, history, extra, pictures)
 

@@ -168,6 +168,8 @@ def test_which_hyperparameters_have_a_range():
         "image_size": (0, 4096),
         "pooling": (1, 6),
         "class_dim": (1, 65_536),
+        "kind_dim": (1, 65_536),
+        "kind_weight": (0, 1000),
         "detail_dim": (1, 65_536),
         "detail_weight": (0, 1000),
         "view_size": (0, 4096),
