@@ -88,6 +88,19 @@ def test_the_docstrings_are_those_of_the_reference_runs(script):
     assert result["config"]["seed"] == 0
 
 
+def test_the_unseen_classes_are_those_of_the_reference_runs():
+    folder = ROOT / "results" / "reference" / "unseen"
+    results = {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("siamese", "triplet")
+    }
+    rows = {f"[{name}]({name}.py)": result["metrics"] for name, result in results.items()}
+    rows["squeezenet1_1 as pre-trained"] = results["siamese"]["baselines"]["pretrained"]
+    for name, scores in rows.items():
+        assert f"| {name} | {scores['hit_rate@1']['value']:.3f} | {scores['map@r']['value']:.3f} |" in README
+    assert all(result["config"]["split"] == "unseen" for result in results.values())
+    assert f"the {results['siamese']['dataset']['queries']} photos of the others" in README
+
+
 def test_the_speeds_are_those_of_the_benchmarks():
     for start, (benchmark, ratio) in SPEEDS.items():
         values = measured(benchmark)["ratios"][ratio]
