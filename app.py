@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
-from common.config import Range, UserError, run_script
+from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError, decode_photo
 from common.extras import require
 from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult, load_available, load_engine
@@ -45,7 +45,7 @@ footer { display: none !important; }
 
 
 @dataclass
-class Config:
+class Config(EngineConfig):
     """What to serve. Edit it here, or override one field: python app.py --port 8000"""
 
     index: str = ""  # a folder of your own photos to search; empty: the gallery that each approach was trained on
@@ -65,7 +65,7 @@ def load_engines(config: Config) -> dict[str, SearchEngine]:
     pretrained = config.backbone, config.weights
 
     def load(approach: str) -> SearchEngine:
-        return load_engine(approach, import_module, results, config.index, cache, config.device, pretrained)
+        return load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config)
 
     return load_available(results, load, needs_gallery=not config.index)
 

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import numpy as np
 
-from common.config import Range, UserError, run_script
+from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
 from common.models.embedder import Embedder
 from common.report.pictures import Tile, draw_rows, search_row
@@ -39,7 +39,7 @@ MAX_ROWS = 12  # queries in the picture
 
 
 @dataclass
-class Config:
+class Config(EngineConfig):
     """What to search for, and where. Name photos, folders or addresses: python search.py a.jpg holiday/"""
 
     photos: tuple[str, ...] = ()  # query photos: files, folders of photos, http(s) addresses
@@ -134,7 +134,7 @@ def main(config: Config) -> None:
         compare_pairs(config, approach, cache)
         return
     pretrained = config.backbone, config.weights
-    engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained)
+    engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config)
     rows: list[list[Tile]] = []
     num_failed = 0
     for name, data in read_queries(config.photos):

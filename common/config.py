@@ -29,7 +29,16 @@ class Range(NamedTuple):
 
 
 @dataclass
-class RunConfig:
+class EngineConfig:
+    """How neighbours are searched for."""
+
+    engine: Literal["exact", "hnsw"] = "exact"  # "hnsw": a graph, faster from 100,000 photos on, misses some neighbours
+    graph_code: Literal["float32", "float16", "int8"] = "float32"  # embeddings in the graph; smaller ones miss more
+    graph_depth: Annotated[int, Range(1, 100_000)] = 64  # candidates that a search of the graph keeps; more miss less
+
+
+@dataclass
+class RunConfig(EngineConfig):
     """Hyperparameters of every run; those of the method stand in its script."""
 
     # Data

@@ -16,7 +16,7 @@ def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
     shutil.copy(photo, tmp_path / "some" / "a.jpg")
     (tmp_path / "some" / "b.jpg").write_text("no photo")
     results = shutil.copytree(trained, tmp_path / "results", ignore=shutil.ignore_patterns("*.json", "*.png"))
-    index = ("--index", str(synthetic_photos), "-k", "4", "--approach", "autoencoder")
+    index = ("--index", str(synthetic_photos), "-k", "4", "--approach", "autoencoder", "--engine", "hnsw")
     ended = run_script("search.py", str(photo), "some", *index)
     assert ended.returncode == 2
     assert "some/b.jpg: not a JPEG, PNG, WebP, BMP or GIF image" in ended.stderr.replace("\\", "/")

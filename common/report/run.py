@@ -188,7 +188,7 @@ class Run(Generic[ConfigT]):
         pixels = score_baseline(self.raw_pixels, split.test, self.also, seed, instances=False)
         chance = {name: score_chance(test, seed) for name, test in test_sets.items()}
         self.baselines |= {"raw_pixels": pixels, "chance": chance}
-        return evaluate(embedder, split, self.also, seed)
+        return evaluate(embedder, split, self.also, seed, self.config)
 
     def report(
         self,
@@ -268,6 +268,7 @@ class Run(Generic[ConfigT]):
                 for name, test in self.also.items()
             },
             "verification": evaluation.verification,
+            "search": evaluation.search,
             "timing": {
                 "train_seconds": sum(epoch["seconds"] for epoch in history),
                 **evaluation.timing,

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from common.config import UserError
+from common.config import EngineConfig, UserError
 from common.data.folders import find_photos, walk
 from common.data.photos import NO_CLASS, Photos, hash_content, load_library
 from common.data.sources import require_folder
@@ -23,6 +23,7 @@ from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval.exact import CosineKNN
+from common.retrieval.index import EXACT, build_index
 
 T = TypeVar("T")
 PREFERRED = ("siamese", "triplet", "autoencoder", "cnn_feature_extraction")  # the order in which approaches are listed
@@ -176,11 +177,12 @@ def load_engine(
     cache: Path | None,
     device: str,
     pretrained: tuple[str, str] = ("resnet18", "DEFAULT"),
+    config: EngineConfig = EXACT,
 ) -> SearchEngine:
     """The approach's network with the gallery it was trained on, or with the photos in the folder `index`.
 
     Photos that the cache doesn't know are embedded, with a progress bar. `pretrained`: backbone and weights of the
-    approach `PRETRAINED`. See `load_embedder`. Raises `UserError`.
+    approach `PRETRAINED`. `config`: how to search. See `load_embedder`. Raises `UserError`.
     """
     checkpoint = None
     if approach == PRETRAINED:
@@ -196,7 +198,7 @@ def load_engine(
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
     if checkpoint and not index:
         gallery = _run_gallery(gallery, checkpoint, cache)
-    return SearchEngine(approach, embedder, gallery, CosineKNN(embedder.embed_photos(gallery)))
+    return SearchEngine(approach, embedder, gallery, build_index(gallery, embedder, config))
 
 
 def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None) -> Photos:

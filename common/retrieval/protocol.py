@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
+from common.config import EngineConfig
 from common.data.decode import decode_photo
 from common.data.photos import Photos
 from common.data.split import Split, TestSet
@@ -19,6 +20,7 @@ from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval import distortions, metrics, timing
 from common.retrieval.exact import CosineKNN
+from common.retrieval.index import EXACT, build_index, describe_quality
 from common.retrieval.verification import verify
 
 PROTOCOL = 2  # version of what the metrics mean; results of different ones are not comparable
@@ -45,18 +47,22 @@ class Evaluation:
     timing: dict
     similarities: np.ndarray
     neighbours: np.ndarray
+    search: dict  # of its engine
 
 
-def evaluate(embedder: Embedder, split: Split, also: Mapping[str, TestSet], seed: int) -> Evaluation:
+def evaluate(
+    embedder: Embedder, split: Split, also: Mapping[str, TestSet], seed: int, config: EngineConfig = EXACT
+) -> Evaluation:
     """Embeds gallery and queries, searches, scores and times; docs/result-file.md says what each number means.
 
-    `also` are further test sets by name. `seed` is that of the distorted copies.
+    `also` are further test sets by name. `seed` is that of the distorted copies. `config` says
+    how the test set is searched; a ranking beyond the first 100, distorted copies and further test sets are exact.
     """
     test = split.test
-    gallery_embeddings = embedder.embed_photos(test.gallery, "embedding the gallery")
+    embedder.embed_photos(test.gallery, "embedding the gallery")
     query_embeddings = embedder.embed_photos(test.queries, "embedding the queries")
     started = time.perf_counter()
-    knn = CosineKNN(gallery_embeddings)
+    knn = build_index(test.gallery, embedder, config)
     index_seconds = time.perf_counter() - started
     knn.search(query_embeddings[: timing.WARM_UP], 1)
     k = min(max(KS), len(test.gallery) - (test.exclude is not None))
@@ -78,6 +84,7 @@ def evaluate(embedder: Embedder, split: Split, also: Mapping[str, TestSet], seed
         },
         similarities=similarities,
         neighbours=neighbours,
+        search=describe_quality(knn, query_embeddings, test.exclude, config),
     )
 
 

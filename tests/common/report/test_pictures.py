@@ -18,7 +18,7 @@ def test_set(synthetic_photos):
 
 def evaluation_of(queries, neighbours):
     similarities = np.tile(np.linspace(1, 0.05, 20, dtype=np.float32), (len(queries), 1))
-    return Evaluation({}, {}, {}, similarities, neighbours)
+    return Evaluation({}, {}, {}, similarities, neighbours, None)
 
 
 def colours(picture):

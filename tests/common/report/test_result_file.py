@@ -15,7 +15,7 @@ def test_neighbours_can_be_read_back(synthetic_photos):
     gallery, queries = test.gallery, test.queries
     neighbours = np.arange(12 * 20).reshape(12, 20) % len(gallery)
     similarities = np.tile(np.linspace(1, 0.05, 20, dtype=np.float32), (12, 1))
-    text = neighbours_csv(test, Evaluation({}, {}, {}, similarities, neighbours))
+    text = neighbours_csv(test, Evaluation({}, {}, {}, similarities, neighbours, None))
     rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == 12 * 10
     assert rows[10] == {
@@ -131,7 +131,7 @@ def test_the_values_of_each_query_by_test_set(synthetic_photos):
     test = load_split(synthetic_photos, "", "test", 0).test
     further = leave_one_out(load_photos(synthetic_photos))
     values = {"": {"map@r": np.linspace(0, 1, 12)}, "products": {"map@r": np.linspace(0, 1, 120)}}
-    found = per_query(Evaluation(values, {}, {}, None, None), {"": test, "products": further})
+    found = per_query(Evaluation(values, {}, {}, None, None, None), {"": test, "products": further})
     assert found.keys() == {"sha256", "map@r", "products/sha256", "products/map@r"}
     assert found["sha256"].tolist() == test.queries.sha256.tolist()
     assert found["products/sha256"].tolist() == further.queries.sha256.tolist()

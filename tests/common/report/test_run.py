@@ -44,7 +44,7 @@ def report(embedder):
         halves = np.tile([0.25, 0.75], 6)
         run.baselines = {name: {"": {"precision@1": halves}} for name in ("chance", "raw_pixels")}
         values = {"": {"precision@1": halves, "map@r": halves}}
-        evaluation = Evaluation(values, {"threshold": 0.5}, timing, similarities, neighbours)
+        evaluation = Evaluation(values, {"threshold": 0.5}, timing, similarities, neighbours, {"engine": "hnsw"})
         history = options.pop("history", [])
         return run.report(embedder, MODEL, split, evaluation, history, **options)
 
@@ -205,10 +205,10 @@ def test_four_files_and_a_summary(begin, report, capsys):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert list(result) == [
         *("schema", "protocol", "approach", "created", "config", "dataset", "model", "metrics", "baselines", "also"),
-        *("verification", "timing", "history", "environment"),
+        *("verification", "search", "timing", "history", "environment"),
     ]
     assert (result["schema"], result["protocol"]) == (3, 2)
-    assert (result["also"], result["verification"]) == ({}, {"threshold": 0.5})
+    assert (result["also"], result["verification"], result["search"]) == ({}, {"threshold": 0.5}, {"engine": "hnsw"})
     assert result["approach"] == "x"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", result["created"])
     assert result["config"]["data"] == str(run.folder)

@@ -9,11 +9,14 @@ from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
+from common.config import EngineConfig
 from common.data import split as splits
 from common.data.photos import load_photos
 from common.data.split import leave_one_out, load_split
 from common.retrieval import metrics, protocol, timing
 from common.retrieval.exact import CosineKNN, normalize
+from common.retrieval.graph import GraphKNN
+from common.retrieval.index import build_index
 from common.retrieval.protocol import (
     evaluate,
     raw_pixel_embedder,
@@ -232,6 +235,7 @@ def test_an_evaluation_is_made_of_the_search_and_the_scores(synthetic_photos, em
         assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
     assert evaluation.values[""]["precision@1"].mean() == (gallery.labels[neighbours[:, 0]] == queries.labels).mean()
     assert evaluation.verification == verify(embedder, split.validation, queries)
+    assert evaluation.search == {"engine": "exact", "recall@10": 1.0, "bytes_per_photo": 4.0 * 512}
     assert evaluation.timing.keys() == {
         "decode_photos_per_second",
         "embed_photos_per_second",
@@ -239,6 +243,34 @@ def test_an_evaluation_is_made_of_the_search_and_the_scores(synthetic_photos, em
         "search_queries_per_second",
         "query_latency_ms",
     }
+
+
+def test_a_graph_that_misses_neighbours_is_evaluated_as_it_is(synthetic_photos, embedder, monkeypatch):
+    monkeypatch.setattr(protocol, "NUM_INSTANCES", 4)
+    monkeypatch.setattr(timing, "LATENCY_QUERIES", 5)
+    monkeypatch.setattr(protocol, "KS", (1,))
+    split = load_split(synthetic_photos, "", "test", 0, [embedder])
+    vectors = embedder.embed_photos(split.test.queries)
+    _, expected = CosineKNN(embedder.embed_photos(split.test.gallery)).search(vectors, 10)
+
+    def last_of_ten(self, queries, k, exclude=None):
+        return tuple(found[:, -k:] for found in CosineKNN.search(self, queries, 10, exclude))
+
+    monkeypatch.setattr(GraphKNN, "search", last_of_ten)
+    evaluation = evaluate(embedder, split, {}, 0, EngineConfig("hnsw", "float16"))
+    assert evaluation.neighbours.tolist() == expected[:, -1:].tolist()
+    relevant = split.test.gallery.labels[expected[:, -1]] == split.test.queries.labels
+    assert evaluation.values[""]["precision@1"].tolist() == relevant.tolist()
+    assert evaluation.search["engine"] == "hnsw"
+    assert 2 * 512 + 128 < evaluation.search["bytes_per_photo"] < 2 * 512 + 180
+
+
+def test_a_graph_that_misses_too_much_says_so(synthetic_photos, embedder, monkeypatch, capsys):
+    monkeypatch.setattr(GraphKNN, "measure_recall", lambda *_, **__: 0.5)
+    build_index(load_photos(synthetic_photos), embedder, EngineConfig("hnsw"))
+    said = capsys.readouterr().out
+    assert "graph of 120 photos: recall@10 0.500 against the exact search, 2,1" in said
+    assert "WARNING: that is below 0.95: raise graph_depth (64), choose another graph_code (float32)" in said
 
 
 def test_no_query_of_an_evaluation_finds_itself(photos, embedder, monkeypatch):

@@ -1,0 +1,53 @@
+"""From photos to the index that finds their neighbours, by the engine that a user has chosen."""
+
+from typing import Any
+
+import numpy as np
+
+from common.config import EngineConfig
+from common.data.photos import Photos
+from common.models.embedder import Embedder
+from common.retrieval.exact import CosineKNN
+from common.retrieval.graph import RECALL_FLOOR, RECALL_K, GraphKNN
+
+EXACT = EngineConfig()
+RECALL = f"recall@{RECALL_K}"  # of an engine, against the exact search
+
+
+def build_index(photos: Photos, embedder: Embedder, config: EngineConfig = EXACT, label: str = "") -> CosineKNN:
+    """The index of `photos`, embedded where they are not; `label` names the progress bar of that.
+
+    A new graph says what it misses. Raises `UserError` where the engine's package is missing.
+    """
+    embeddings = embedder.embed_photos(photos, label)
+    if config.engine == "exact":
+        return CosineKNN(embeddings)
+    kept = embedder.rows.folder
+    folder = kept and kept / "graphs"
+    index = GraphKNN(embeddings, photos.sha256, folder, config.graph_code, config.graph_depth)
+    if index.is_new and len(photos) > 1:
+        describe_quality(index, index.gallery, np.arange(len(photos)), config)
+    return index
+
+
+def describe_quality(
+    index: CosineKNN, queries: np.ndarray, exclude: np.ndarray | None, config: EngineConfig
+) -> dict[str, Any]:
+    """The `search` part of a result file: measures what `index` misses and, for a graph, prints it.
+
+    `queries` and `exclude` are as for `CosineKNN.search`.
+    """
+    if not isinstance(index, GraphKNN):
+        return {"engine": "exact", RECALL: 1.0, "bytes_per_photo": float(index.gallery.strides[0])}
+    recall, size = index.measure_recall(queries, exclude=exclude), index.bytes_per_photo
+    print(
+        f"graph of {index.graph.ntotal:,} photos: {RECALL} {recall:.3f} against the exact search, "
+        f"{size:,.0f} bytes per photo"
+    )
+    if recall < RECALL_FLOOR:
+        print(
+            f"WARNING: that is below {RECALL_FLOOR}: raise graph_depth ({config.graph_depth}), choose another "
+            f"graph_code ({config.graph_code}), or search with engine exact",
+            flush=True,
+        )
+    return {"engine": "hnsw", RECALL: recall, "bytes_per_photo": size}

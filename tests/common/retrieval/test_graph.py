@@ -1,0 +1,137 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from common.retrieval import graph
+from common.retrieval.exact import CosineKNN, normalize
+from common.retrieval.graph import GraphKNN
+
+CODES = ["float32", "float16", "int8"]
+
+
+def ids(count, start=0):
+    return np.array([hashlib.sha256(b"%d" % number).hexdigest().encode() for number in range(start, start + count)])
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """2,200 photos in 40 groups, unit vectors of 24 dimensions."""
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(40, 24))
+    return normalize(centers[rng.integers(40, size=2200)] + 0.5 * rng.normal(size=(2200, 24)))
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_neighbours_are_those_of_the_exact_search_with_its_similarities(vectors, code):
+    gallery, queries = vectors[:2000], vectors[2000:]
+    index = GraphKNN(gallery, ids(2000), None, code, depth=200)
+    similarities, indices = index.search(queries, 10)
+    expected, expected_indices = CosineKNN(gallery).search(queries, 10)
+    assert (indices == expected_indices).mean() > 0.99
+    pairs = (gallery[indices] * queries[:, None]).sum(axis=2)
+    assert similarities == pytest.approx(pairs, abs=1e-6)
+    assert (np.diff(similarities, axis=1) <= 0).all()
+    assert index.measure_recall(queries) == pytest.approx((similarities >= expected[:, -1:] - 1e-6).mean())
+
+
+def test_a_shallow_search_misses_neighbours_and_recall_says_so(vectors):
+    gallery, queries = vectors[:2000], vectors[2000:]
+    index = GraphKNN(gallery, ids(2000), None, depth=1)
+    _, found = index.search(queries, 1)
+    _, expected = CosineKNN(gallery).search(queries, 1)
+    missed = (found != expected).mean()
+    assert 0 < missed < 0.5
+    assert index.measure_recall(queries, k=1) == pytest.approx(1 - missed)
+
+
+def test_leave_one_out_and_full_ranking(vectors):
+    some, own = vectors[:300], np.arange(300)
+    index, exact = GraphKNN(some, ids(300), None, depth=300), CosineKNN(some)
+    assert index.search(some, 20, own)[1].tolist() == exact.search(some, 20, own)[1].tolist()
+    assert index.search(some[:5], 300)[1].tolist() == exact.search(some[:5], 300)[1].tolist()
+    ranked, expected = ([order for _, order in each.rank(some, 299, own)] for each in (index, exact))
+    assert np.concatenate(ranked).tolist() == np.concatenate(expected).tolist()
+    with pytest.raises(ValueError, match="k is 300: the gallery allows 1 to 299"):
+        index.search(some, 300, own)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_saved_graph_serves_a_gallery_that_has_changed(vectors, tmp_path, code):
+    first = GraphKNN(vectors[:2000], ids(2000), tmp_path, code, depth=200)
+    assert first.is_new
+    again = GraphKNN(vectors[:2000], ids(2000), tmp_path, code, depth=200)
+    assert not again.is_new
+    assert again.bytes_per_photo == first.bytes_per_photo
+    assert again.search(vectors[:9], 5)[1].tolist() == first.search(vectors[:9], 5)[1].tolist()
+
+    # 50 photos gone, 100 new, and all in another order
+    order = np.random.default_rng(1).permutation(np.arange(50, 2100))
+    changed = GraphKNN(vectors[order], ids(2100)[order], tmp_path, code, depth=200)
+    assert not changed.is_new
+    assert sorted(order[changed.tail]) == list(range(2000, 2100))
+    queries = vectors[2100:]
+    expected = CosineKNN(vectors[order]).search(queries, 10)
+    similarities, indices = changed.search(queries, 10)
+    assert (indices == expected[1]).mean() > 0.99
+    assert similarities == pytest.approx(np.sort(similarities)[:, ::-1])
+    assert len(list(tmp_path.rglob("*.graph"))) == 1
+
+
+def test_too_much_change_builds_a_new_graph_in_place_of_the_old_one(vectors, tmp_path):
+    GraphKNN(vectors[:1000], ids(1000), tmp_path)
+    (old,) = tmp_path.rglob("*.graph")
+    assert not GraphKNN(vectors[:1100], ids(1100), tmp_path).is_new
+    index = GraphKNN(vectors[:1200], ids(1200), tmp_path)
+    assert index.is_new
+    assert not len(index.tail)
+    (new,) = tmp_path.rglob("*.graph")
+    assert new != old
+
+
+def test_a_mask_does_not_reset_the_depth(vectors, tmp_path):
+    GraphKNN(vectors[:2000], ids(2000), tmp_path)
+    masked = GraphKNN(vectors[1:2000], ids(1999, start=1), tmp_path, depth=300)
+    assert not masked.is_new
+    assert masked.measure_recall(vectors[2000:], k=10) > 0.999
+
+
+def test_byte_identical_photos_are_all_found(vectors, tmp_path):
+    gallery, sha256 = vectors[:500].copy(), ids(500)
+    gallery[[7, 300]], sha256[[7, 300]] = gallery[3], sha256[3]
+    for _ in range(2):
+        index = GraphKNN(gallery, sha256, tmp_path)
+        assert index.search(vectors[3:4], 3)[1].tolist() == [[3, 7, 300]]
+    assert not index.is_new
+    assert graph._unique_ids(sha256)[[3, 7, 300]].tolist() == [sha256[3], sha256[3] + b" 1", sha256[3] + b" 2"]
+
+
+@pytest.mark.parametrize("name", ["graph.faiss", "ids.npy"])
+def test_a_damaged_graph_is_built_again(vectors, tmp_path, name):
+    GraphKNN(vectors[:500], ids(500), tmp_path)
+    (path,) = tmp_path.rglob(name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    index = GraphKNN(vectors[:500], ids(500), tmp_path)
+    assert index.is_new
+    assert index.search(vectors[:1], 1)[1].tolist() == [[0]]
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_graph(vectors, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert GraphKNN(vectors[:200], ids(200), tmp_path / "file").is_new
+    assert "the graph can't be kept in" in capsys.readouterr().out
+
+
+def test_eight_bits_take_less_memory(vectors):
+    # 24 dimensions in 1, 2 or 4 bytes; at least 32 links of 4 bytes on the lowest level
+    sizes = {code: GraphKNN(vectors[:1000], ids(1000), None, code).bytes_per_photo for code in CODES}
+    assert sizes["float16"] - sizes["int8"] == pytest.approx(24, abs=1)
+    assert sizes["float32"] - sizes["float16"] == pytest.approx(48, abs=1)
+    assert 24 + 128 < sizes["int8"] < 24 + 128 + 40
+
+
+def test_photos_cut_off_from_the_graph_are_searched_exactly():
+    vectors = np.zeros((50, 4), np.float32)
+    vectors[:25, 0], vectors[25:, 1] = 1, 1
+    index = GraphKNN(vectors, ids(50), None)
+    assert sorted(index.search(vectors[:1], 50)[1][0]) == list(range(50))
