@@ -26,6 +26,15 @@ CASES = {  # name: (arguments, ratios)
             for name in ("squeezenet1_1", "resnet18")
         },
     ),
+    "engines": (
+        ("--weights", "none", "--size", "200"),
+        {
+            f"{way}_{code}_depth{depth}"
+            for way in ("one", "batch")
+            for code in ("float32", "float16", "int8")
+            for depth in (16, 32, 64, 128, 256)
+        },
+    ),
     "exact_search": (
         ("--weights", "none", "--sizes", "200"),
         {f"{side}_200_top{k}" for side in ("faiss", "scikit_learn", "usearch", "limit") for k in (5, 100)},
@@ -67,6 +76,9 @@ def test_a_benchmark(run_benchmark, tmp_path, name):
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert (tmp_path / "results" / f"benchmark_{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "none").exists()
+    if name == "engines":  # a depth above the size of the gallery misses nothing
+        assert result["curves"]["float32_depth256"]["recall@10"] == 1
+        assert all(0.9 < each["recall@10"] <= 1 for each in result["curves"].values())
     if name == "exact_search":
         assert all(case["largest_difference_in_similarity"] < 2e-6 for case in result["agreement_with_faiss"].values())
 

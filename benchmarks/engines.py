@@ -1,0 +1,131 @@
+"""What does a faster engine miss?  python -m benchmarks.engines --data FOLDER --weights FILE
+
+Recall of the ten nearest neighbours against queries/s: the graph (HNSW) with embeddings of 32, 16 and 8 bits at growing
+depth, and the exact search, one query at a time and many at once, interleaved in one run. A ratio such as
+`one_int8_depth64` says how many times as fast as the exact search the graph is. A gallery larger than the number of
+photos is filled with embeddings with a little noise.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from common.config import Range, UserError, run_script
+from common.device import choose_product_precision
+from common.report.plots import load_pyplot
+from common.retrieval.exact import CosineKNN
+from common.retrieval.graph import RECALL_K, GraphKNN
+
+CODES = {"float32": "#1f6feb", "float16": "#2f9e44", "int8": "#d9480f"}  # with their colors in the picture
+DEPTHS = (16, 32, 64, 128, 256)
+NUM_SINGLE = 50  # queries searched one at a time in a round
+WAYS = {"one": "one query at a time", "batch": "many queries at once"}
+
+
+@dataclass
+class Config:
+    """What is measured. Edit it here, or override one field: --repeats 5"""
+
+    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
+    results: str = "results"  # folder of the result file
+    backbone: str = "squeezenet1_1"  # any classification network of torchvision
+    weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
+    device: str = "auto"  # of the network; the search is on the CPU
+    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
+    size: Annotated[int, Range(200, 1e8)] = 1_000_000  # of the gallery, photos
+    queries: Annotated[int, Range(1, 1e6)] = 2000  # at once
+    repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
+
+
+def contenders_of(index: CosineKNN, queries: np.ndarray) -> dict[str, measure.Contender]:
+    """A search for each of `WAYS`."""
+
+    def one_at_a_time() -> float:
+        some = queries[:NUM_SINGLE]
+        started = time.perf_counter()
+        for query in some:
+            index.search(query[None], RECALL_K)
+        return (time.perf_counter() - started) / len(some)
+
+    def all_at_once() -> float:
+        started = time.perf_counter()
+        index.search(queries, RECALL_K)
+        return (time.perf_counter() - started) / len(queries)
+
+    return {"one": one_at_a_time, "batch": all_at_once}
+
+
+def compare(
+    exact: CosineKNN, graph: GraphKNN, queries: np.ndarray, repeats: int, label: str
+) -> tuple[dict[str, list[float]], dict[str, measure.Ratio]]:
+    """Seconds per query of both, interleaved, and how many times as fast the graph is."""
+    both = {"exact": contenders_of(exact, queries), "ours": contenders_of(graph, queries)}
+    contenders = {f"{side} {way}": search for side, searches in both.items() for way, search in searches.items()}
+    seconds = measure.interleaved(contenders, repeats, label)
+    ratios = {}
+    for way in WAYS:
+        pair = {way: seconds[f"exact {way}"], "ours": seconds[f"ours {way}"]}
+        ratios |= measure.ratios(pair, f"_{label}")
+    return seconds, ratios
+
+
+def main(config: Config) -> None:
+    """Measures every code at every depth; writes `benchmark_engines.json`."""
+    real, queries, name = measure.real_embeddings(config, config.queries)
+    gallery = measure.gallery_of(config.size, real)
+    if len(gallery) < RECALL_K:
+        raise UserError(f"{config.data} holds too few photos: a benchmark of engines needs {RECALL_K} or more")
+    numbers = np.array([f"{number:064d}" for number in range(len(gallery))], "S64")
+    exact = CosineKNN(gallery)
+    graphs, curves, ratios = {}, {}, {}
+    for code in CODES:
+        started = time.perf_counter()
+        graph = GraphKNN(gallery, numbers, None, code)
+        graphs[code] = {"build_seconds": time.perf_counter() - started, "bytes_per_photo": graph.bytes_per_photo}
+        for graph.depth in DEPTHS:
+            label = f"{code}_depth{graph.depth}"
+            seconds, found = compare(exact, graph, queries, config.repeats, label)
+            curves[label] = {"recall@10": graph.measure_recall(queries), "seconds_per_query": seconds}
+            ratios |= found
+            print(f"{label}: recall@{RECALL_K} {curves[label]['recall@10']:.3f}")
+    measure.write(
+        "engines",
+        config,
+        {"name": name, "real_embeddings": len(real), "gallery": len(gallery), "dimension": real.shape[1]},
+        ratios,
+        {"graphs": graphs, "curves": curves},
+        torch.device("cpu"),
+        choose_product_precision(),
+        lambda file: draw(file, curves, len(gallery)),
+    )
+
+
+def draw(path: Path, curves: dict[str, dict], size: int) -> None:
+    """Queries/s over recall, a panel for each of `WAYS`, a line for each code, and the exact search at recall 1."""
+    pyplot = load_pyplot()
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(f"benchmark: engines, {size:,} photos", x=0.01, ha="left")
+    for axes, (way, title) in zip(panels, WAYS.items(), strict=True):
+        for code, color in CODES.items():
+            points = [curves[f"{code}_depth{depth}"] for depth in DEPTHS]
+            rates = [1 / float(np.median(point["seconds_per_query"][f"ours {way}"])) for point in points]
+            axes.plot([point["recall@10"] for point in points], rates, "o-", color=color, label=f"graph, {code}")
+        exact = [second for point in curves.values() for second in point["seconds_per_query"][f"exact {way}"]]
+        axes.plot(1, 1 / float(np.median(exact)), "s", color="#22262b", label="exact")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"recall@{RECALL_K} against the exact search")
+        axes.set_ylabel("queries/s")
+        axes.set_title(title, fontsize=10)
+        axes.grid(color="#e3e7eb")
+        axes.legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
