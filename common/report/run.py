@@ -29,6 +29,7 @@ from common.models.weights import UNTRAINED
 from common.report.environment import current_commit, describe_environment, peak_memory
 from common.report.pictures import draw_evaluation
 from common.report.result_file import SCHEMA, SUMMARY, neighbours_csv, per_query, summary, to_json
+from common.retrieval.index import require_engine
 from common.retrieval.protocol import (
     PROTOCOL,
     Evaluation,
@@ -84,6 +85,7 @@ class Run(Generic[ConfigT]):
         started, commit = time.perf_counter(), current_commit()
         device = choose_device(config.device)
         require_writable(Path(config.results))  # better to fail now than after training
+        require_engine(config)
         folder = locate_photos(config.data)
         if is_synthetic(folder):
             config = apply_overrides(config, synthetic_overrides)

@@ -6,12 +6,19 @@ import numpy as np
 
 from common.config import EngineConfig
 from common.data.photos import Photos
+from common.extras import require
 from common.models.embedder import Embedder
 from common.retrieval.exact import CosineKNN
 from common.retrieval.graph import RECALL_FLOOR, RECALL_K, GraphKNN
 
 EXACT = EngineConfig()
 RECALL = f"recall@{RECALL_K}"  # of an engine, against the exact search
+
+
+def require_engine(config: EngineConfig) -> None:
+    """Raises `UserError` where the engine's package is missing."""
+    if config.engine == "hnsw":
+        require("faiss")
 
 
 def build_index(photos: Photos, embedder: Embedder, config: EngineConfig = EXACT, label: str = "") -> CosineKNN:
