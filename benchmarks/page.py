@@ -99,7 +99,8 @@ def serve(config: Config) -> subprocess.Popen:
 
 def main(config: Config) -> None:
     """Measures the page and the search engine itself; writes `benchmark_page.json`."""
-    page_config = PageConfig(config.index, config.results, config.cache, config.device)
+    options = {name: getattr(config, name) for name in ("index", "results", "cache", "device")}
+    page_config = PageConfig(**options)
     engine = next(iter(load_engines(page_config).values()))
     chosen = np.unique(np.linspace(0, len(engine.gallery) - 1, NUM_PHOTOS).astype(int))
     photos = [engine.gallery.path(index).read_bytes() for index in chosen]

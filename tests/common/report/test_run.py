@@ -1,6 +1,5 @@
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,13 +79,6 @@ def test_results_that_cannot_be_written_are_noticed_before_training(begin, tmp_p
     (tmp_path / "results").write_text("a file")
     with pytest.raises(UserError, match=r"the folder .*results can't be written to"):
         begin()
-
-
-def test_a_missing_package_of_the_engine_is_noticed_before_training(begin, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"faiss is missing: pip install -r requirements-extra\.txt"):
-        begin(engine="hnsw")
-    begin()
 
 
 def test_a_cache_of_none_is_no_folder(begin, tmp_path):
