@@ -44,7 +44,7 @@ BATCH = 64  # photos, of the plain loop
 class Config:
     """What is measured. Edit it here, or override one field: --photos 500"""
 
-    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
+    data: str = "auto"  # a folder of photos, "synthetic" (generated here), or "auto": data/ if it holds photos
     results: str = "results"  # folder of the result file
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
     photos: Annotated[int, Range(1, 1e6)] = 512  # embedded in a round by each contender with the fastest network

@@ -28,15 +28,9 @@ WAYS = {"one": "one query at a time", "batch": "many queries at once"}
 
 
 @dataclass
-class Config:
+class Config(measure.SearchConfig):
     """What is measured. Edit it here, or override one field: --repeats 5"""
 
-    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
-    results: str = "results"  # folder of the result file
-    backbone: str = "squeezenet1_1"  # any classification network of torchvision
-    weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
-    device: str = "auto"  # of the network; the search is on the CPU
-    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
     size: Annotated[int, Range(200, 1e8)] = 1_000_000  # of the gallery, photos
     queries: Annotated[int, Range(1, 1e6)] = 2000  # at once
     repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
@@ -52,12 +46,12 @@ def contenders_of(index: CosineKNN, queries: np.ndarray) -> dict[str, measure.Co
             index.search(query[None], RECALL_K)
         return (time.perf_counter() - started) / len(some)
 
-    def all_at_once() -> float:
+    def batch_search() -> float:
         started = time.perf_counter()
         index.search(queries, RECALL_K)
         return (time.perf_counter() - started) / len(queries)
 
-    return {"one": one_at_a_time, "batch": all_at_once}
+    return {"one": one_at_a_time, "batch": batch_search}
 
 
 def compare(

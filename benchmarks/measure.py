@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ NOISE = 0.5  # length of the noise added to a unit vector to make another one
 
 Contender = Callable[[], object]  # may return the seconds it took, without its preparation
 Ratio = dict[str, float]  # "median", "low", "high"
+
+
+@dataclass
+class SearchConfig:
+    """What every benchmark of the search needs."""
+
+    data: str = "auto"  # a folder of photos, "synthetic" (generated here), or "auto": data/ if it holds photos
+    results: str = "results"  # folder of the result file
+    backbone: str = "squeezenet1_1"  # any classification network of torchvision
+    weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
+    device: str = (
+        "auto"  # of the network, "cpu", "cuda", "mps", or "auto": the fastest available; the search is on the CPU
+    )
+    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
 
 
 def gallery_sizes(text: str) -> list[int]:

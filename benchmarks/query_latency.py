@@ -21,15 +21,9 @@ WARM_UP = 10  # queries before each measurement
 
 
 @dataclass
-class Config:
+class Config(measure.SearchConfig):
     """What is measured. Edit it here, or override one field: --repeats 3"""
 
-    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
-    results: str = "results"  # folder of the result file
-    backbone: str = "squeezenet1_1"  # any classification network of torchvision
-    weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
-    device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
-    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
     queries: Annotated[int, Range(1, 1e6)] = 200  # in a round
     repeats: Annotated[int, Range(1, 1000)] = 5  # of the whole and of each part
 

@@ -28,15 +28,9 @@ MAX_PRODUCTS = 1_000_000_000  # of a query and a gallery embedding in a round: f
 
 
 @dataclass
-class Config:
+class Config(measure.SearchConfig):
     """What is measured. Edit it here, or override one field: --repeats 5"""
 
-    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
-    results: str = "results"  # folder of the result file
-    backbone: str = "squeezenet1_1"  # any classification network of torchvision
-    weights: str = "DEFAULT"  # a name of torchvision, the path of a state dict, or "none"
-    device: str = "auto"  # of the network; the search is on the CPU
-    cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
     sizes: str = "1000 10000 100000 1000000"  # of the gallery, photos
     queries: Annotated[int, Range(1, 1e6)] = 2000  # at once, fewer for large galleries
     k: Annotated[int, Range(1, 1e6)] = 5  # neighbours of a query

@@ -49,7 +49,7 @@ NUM_KINDS = 1000  # of ImageNet
 class Config:
     """What is measured. Edit it here, or override one field: --photos 500"""
 
-    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it holds photos
+    data: str = "auto"  # a folder of photos, "synthetic" (generated here), or "auto": data/ if it holds photos
     results: str = "results"  # folder of the result file
     backbone: str = "squeezenet1_1"  # any classification network of torchvision; speed does not depend on its weights
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available

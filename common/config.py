@@ -32,7 +32,7 @@ class Range(NamedTuple):
 class EngineConfig:
     """How neighbours are searched for."""
 
-    engine: Literal["exact", "hnsw"] = "exact"  # "hnsw": a graph, faster from 100,000 photos on, misses some neighbours
+    engine: Literal["exact", "hnsw"] = "exact"  # "hnsw": a graph, faster on large galleries, misses some neighbours
     graph_code: Literal["float32", "float16", "int8"] = "float32"  # embeddings in the graph; smaller ones miss more
     graph_depth: Annotated[int, Range(1, 100_000)] = 64  # candidates that a search of the graph keeps; more miss less
 
@@ -42,7 +42,9 @@ class RunConfig(EngineConfig):
     """Hyperparameters of every run; those of the method stand in its script."""
 
     # Data
-    data: str = "auto"  # a folder of photos, "synthetic" (drawn here), or "auto": data/ if it has any, else a download
+    data: str = (
+        "auto"  # a folder of photos, "synthetic" (generated here), or "auto": data/ if it has any, else a download
+    )
     queries: str = ""  # a folder of query photos; empty: 10 % of each class of data is held out as queries
     split: Literal["test", "validation", "unseen"] = (
         "test"  # "validation": queries from the gallery, to tune on; "unseen": half of the classes train, others test

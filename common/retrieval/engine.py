@@ -23,7 +23,8 @@ from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval.exact import CosineKNN
-from common.retrieval.index import EXACT, build_index
+from common.retrieval.graph import GraphKNN
+from common.retrieval.index import EXACT, build_index, describe_quality
 
 T = TypeVar("T")
 PREFERRED = ("siamese", "triplet", "autoencoder", "cnn_feature_extraction")  # the order in which approaches are listed
@@ -198,7 +199,10 @@ def load_engine(
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
     if checkpoint and not index:
         gallery = _run_gallery(gallery, checkpoint, cache)
-    return SearchEngine(approach, embedder, gallery, build_index(gallery, embedder, config))
+    knn = build_index(gallery, embedder, config)
+    if isinstance(knn, GraphKNN) and knn.is_new and len(gallery) > 1:
+        describe_quality(knn, knn.gallery, np.arange(len(gallery)), config)
+    return SearchEngine(approach, embedder, gallery, knn)
 
 
 def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None) -> Photos:

@@ -32,7 +32,7 @@ MAX_CHANGE = 0.1  # of the photos that are gone or new, as a fraction of the gal
 ADDED_AT_A_TIME = 4096  # photos, between two steps of the progress bar
 RESCORED_AT_A_TIME = 1 << 25  # numbers
 RECALL_K, RECALL_QUERIES = 10, 500
-RECALL_FLOOR = 0.95  # a lower recall@10 is announced
+MIN_RECALL = 0.95  # a lower recall@10 is announced
 
 
 class GraphKNN(CosineKNN):
@@ -45,7 +45,7 @@ class GraphKNN(CosineKNN):
 
         Args:
             gallery: float [N, D], N > 0, finite; normalized here.
-            sha256: bytes [N] ('S64'), the ids of the photos; byte-identical ones share theirs.
+            sha256: bytes [N] ('S64'), the ids of the photos; equal for byte-identical ones.
             folder: of graphs of this network's embeddings, for the next start; None: nothing is kept.
             code: of the embeddings in the graph: "float32", "float16" or "int8"; shorter ones take less memory and miss
                 more.
@@ -96,9 +96,9 @@ class GraphKNN(CosineKNN):
         chosen = np.unique(np.linspace(0, len(queries) - 1, min(RECALL_QUERIES, len(queries))).astype(int))
         excluded = None if exclude is None else exclude[chosen]
         k = min(k, len(self.gallery) - (exclude is not None))
-        truth, _ = super().search(queries[chosen], k, excluded)
+        exact, _ = super().search(queries[chosen], k, excluded)
         found, _ = self.search(queries[chosen], k, excluded)
-        return float((found >= truth[:, -1:] - 1e-6).mean())
+        return float((found >= exact[:, -1:] - 1e-6).mean())
 
     def _propose(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Candidates of each query with exact similarities, [Q, C]; -inf and index N where there are no more."""

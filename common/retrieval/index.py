@@ -9,7 +9,7 @@ from common.data.photos import Photos
 from common.extras import require
 from common.models.embedder import Embedder
 from common.retrieval.exact import CosineKNN
-from common.retrieval.graph import RECALL_FLOOR, RECALL_K, GraphKNN
+from common.retrieval.graph import MIN_RECALL, RECALL_K, GraphKNN
 
 EXACT = EngineConfig()
 RECALL = f"recall@{RECALL_K}"  # of an engine, against the exact search
@@ -21,20 +21,14 @@ def require_engine(config: EngineConfig) -> None:
         require("faiss")
 
 
-def build_index(photos: Photos, embedder: Embedder, config: EngineConfig = EXACT, label: str = "") -> CosineKNN:
-    """The index of `photos`, embedded where they are not; `label` names the progress bar of that.
-
-    A new graph says what it misses. Raises `UserError` where the engine's package is missing.
-    """
-    embeddings = embedder.embed_photos(photos, label)
+def build_index(photos: Photos, embedder: Embedder, config: EngineConfig) -> CosineKNN:
+    """The index of `photos`, embedded where they are not; raises `UserError` where a package is missing."""
+    embeddings = embedder.embed_photos(photos)
     if config.engine == "exact":
         return CosineKNN(embeddings)
     kept = embedder.rows.folder
     folder = kept and kept / "graphs"
-    index = GraphKNN(embeddings, photos.sha256, folder, config.graph_code, config.graph_depth)
-    if index.is_new and len(photos) > 1:
-        describe_quality(index, index.gallery, np.arange(len(photos)), config)
-    return index
+    return GraphKNN(embeddings, photos.sha256, folder, config.graph_code, config.graph_depth)
 
 
 def describe_quality(
@@ -51,9 +45,9 @@ def describe_quality(
         f"graph of {index.graph.ntotal:,} photos: {RECALL} {recall:.3f} against the exact search, "
         f"{size:,.0f} bytes per photo"
     )
-    if recall < RECALL_FLOOR:
+    if recall < MIN_RECALL:
         print(
-            f"WARNING: that is below {RECALL_FLOOR}: raise graph_depth ({config.graph_depth}), choose another "
+            f"WARNING: that is below {MIN_RECALL}: raise graph_depth ({config.graph_depth}), choose another "
             f"graph_code ({config.graph_code}), or search with engine exact",
             flush=True,
         )

@@ -16,7 +16,7 @@ from common.data.split import leave_one_out, load_split
 from common.retrieval import metrics, protocol, timing
 from common.retrieval.exact import CosineKNN, normalize
 from common.retrieval.graph import GraphKNN
-from common.retrieval.index import build_index
+from common.retrieval.index import build_index, describe_quality
 from common.retrieval.protocol import (
     evaluate,
     raw_pixel_embedder,
@@ -267,7 +267,9 @@ def test_a_graph_that_misses_neighbours_is_evaluated_as_it_is(synthetic_photos, 
 
 def test_a_graph_that_misses_too_much_says_so(synthetic_photos, embedder, monkeypatch, capsys):
     monkeypatch.setattr(GraphKNN, "measure_recall", lambda *_, **__: 0.5)
-    build_index(load_photos(synthetic_photos), embedder, EngineConfig("hnsw"))
+    config, photos = EngineConfig("hnsw"), load_photos(synthetic_photos)
+    index = build_index(photos, embedder, config)
+    assert describe_quality(index, index.gallery, None, config)["recall@10"] == 0.5
     said = capsys.readouterr().out
     assert "graph of 120 photos: recall@10 0.500 against the exact search, 2,1" in said
     assert "WARNING: that is below 0.95: raise graph_depth (64), choose another graph_code (float32)" in said
