@@ -35,6 +35,7 @@ from common.models.decoded import DecodedPhotos
 from common.models.heads import MultiLevelNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
+from common.models.samplers import GroupSampler
 from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
 from common.report.run import Run
@@ -56,7 +57,7 @@ class Config(RunConfig):
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
     kind_weight: Annotated[float, Range(0, 1000)] = (
-        0.75  # of its length in the embedding; 0: no such head; timm and untrained: none
+        1.0  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
@@ -71,8 +72,8 @@ class Config(RunConfig):
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 2  # passes over the gallery; 0: pre-trained features
-    batch_size: Annotated[int, Range(2, 65_536)] = 32  # photos per step
+    epochs: Annotated[int, Range(0, 100_000)] = 4  # passes over the gallery; 0: pre-trained features
+    batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step
     learning_rate: Annotated[float, Range(1e-9, 10)] = 3e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
 
@@ -152,7 +153,7 @@ def main(config: Config) -> Path:
     keep = None if backbone.weights == UNTRAINED else targets
     step = partial(training_step, config=config, preprocessing=backbone.preprocessing, targets=keep)
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    history = run.train(network, step, split.train, decoded, model)
+    history = run.train(network, step, split.train, decoded, model, GroupSampler(split.train.labels, keep))
     embedder = run.embedder(embedding_network, decoded) if history else frozen
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 

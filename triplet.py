@@ -33,12 +33,11 @@ from common.models.decoded import DecodedPhotos
 from common.models.heads import MultiLevelNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
-from common.models.samplers import PKSampler
+from common.models.samplers import GroupSampler
 from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
 from common.report.run import Run, Task
 
-PHOTOS_PER_CLASS = 4  # of a class together in a batch, at least, where the class has them
 SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96)}  # (default, quick run)
 
 
@@ -55,7 +54,7 @@ class Config(RunConfig):
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
     kind_weight: Annotated[float, Range(0, 1000)] = (
-        0.75  # of its length in the embedding; 0: no such head; timm and untrained: none
+        1.0  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
@@ -71,7 +70,7 @@ class Config(RunConfig):
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 3  # passes over the training photos
+    epochs: Annotated[int, Range(0, 100_000)] = 5  # passes over the training photos
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step; triplets are of their views
     learning_rate: Annotated[float, Range(1e-9, 10)] = 3e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW
@@ -157,8 +156,9 @@ def main(config: Config) -> Path:
         task = task._replace(targets=targets.to(run.device), kinds=None)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = partial(training_step, config=config, heads=network, preprocessing=backbone.preprocessing, task=task)
+    sampler = GroupSampler(split.train.labels, task.targets)
     model = {"backbone": config.backbone, "weights": backbone.weights}
-    history = run.train(network, step, split.train, decoded, model, PKSampler(split.train.labels, PHOTOS_PER_CLASS))
+    history = run.train(network, step, split.train, decoded, model, sampler)
     embedder = run.embedder(network, decoded)
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 

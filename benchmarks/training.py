@@ -38,7 +38,7 @@ from common.models.decoded import DecodedPhotos
 from common.models.heads import MultiLevelNetwork
 from common.models.losses import structural_similarity, unsupervised_losses
 from common.models.preprocessing import Preprocessing, shrink
-from common.models.samplers import PKSampler
+from common.models.samplers import GroupSampler
 from common.parallel import parallel_map
 from common.report.run import Run, Task
 
@@ -150,7 +150,7 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
     def seconds(decoded: DecodedPhotos) -> float:
         trained = network().to(run.device, memory_format=torch.channels_last)
         step = partial(siamese.training_step, config=own, heads=trained, preprocessing=preprocessing, task=task)
-        return run.train(trained, step, photos, decoded, {}, PKSampler(photos.labels, 2))[-1]["seconds"]
+        return run.train(trained, step, photos, decoded, {}, GroupSampler(photos.labels, targets))[-1]["seconds"]
 
     def loss_fn(
         network: nn.Module, views: torch.Tensor, _: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor
