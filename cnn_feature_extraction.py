@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.config import Range, RunConfig, UserError, run_script
+from common.distributed import gather
 from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
@@ -115,9 +116,11 @@ def training_step(
     """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
     views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
-    kinds, details, logits = network(preprocessing.normalize(torch.cat(views)))  # VBxK, VBxD, VBxL
-    losses = unsupervised_losses(kinds, details, None if targets is None else targets[batch.indices], config)
-    losses["cross_entropy"] = functional.cross_entropy(logits, batch.labels.repeat(num_views))
+    outputs = network(preprocessing.normalize(torch.cat(views)))
+    kinds, details, logits = (gather(output, num_views) for output in outputs)  # VBxK, VBxD, VBxL
+    indices, labels = gather(batch.indices), gather(batch.labels)
+    losses = unsupervised_losses(kinds, details, None if targets is None else targets[indices], config)
+    losses["cross_entropy"] = functional.cross_entropy(logits, labels.repeat(num_views))
     return losses
 
 

@@ -7,6 +7,7 @@ network searches it as it is.
 
     python search.py my_photo.jpg --index ~/Pictures
     python search.py a.jpg b.jpg c.jpg --pairs     # how far are these from each other?
+    RANK=0 WORLD_SIZE=4 python search.py --index ~/Pictures     # embeds the first quarter of the photos, no search
 """
 
 import csv
@@ -21,6 +22,7 @@ import numpy as np
 
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
+from common.distributed import world
 from common.models.embedder import Embedder
 from common.report.pictures import Tile, draw_rows, search_row
 from common.retrieval.engine import (
@@ -28,6 +30,7 @@ from common.retrieval.engine import (
     SearchEngine,
     SearchResult,
     available_approaches,
+    embed_part,
     load_embedder,
     load_engine,
     load_pretrained,
@@ -124,7 +127,7 @@ def main(config: Config) -> None:
 
     Raises `UserError` if a photo can't be read.
     """
-    if not config.photos:
+    if not config.photos and world().size == 1:
         raise UserError("name a photo to search with: python search.py my_photo.jpg")
     cache = cache_folder(config.cache)
     results = Path(config.results)
@@ -134,6 +137,9 @@ def main(config: Config) -> None:
         compare_pairs(config, approach, cache)
         return
     pretrained = config.backbone, config.weights
+    if world().size > 1:
+        embed_part(approach, import_module, results, config.index, cache, config.device, pretrained)
+        return
     engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config)
     rows: list[list[Tile]] = []
     num_failed = 0

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.config import Range, RunConfig, run_script
+from common.distributed import gather
 from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
@@ -123,11 +124,12 @@ def training_step(
     """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
     views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
-    classes, kinds, details = heads.split(network(preprocessing.normalize(torch.cat(views))))  # VBxC, VBxK, VBxD
-    targets = None if task.targets is None else task.targets[batch.indices]
+    embeddings = gather(network(preprocessing.normalize(torch.cat(views))), num_views)  # VBxE
+    classes, kinds, details = heads.split(embeddings)  # VBxC, VBxK, VBxD
+    targets = None if task.targets is None else task.targets[gather(batch.indices)]
     losses = unsupervised_losses(kinds, details, targets, config)
     if task.has_classes:
-        labels = batch.labels.repeat(num_views)
+        labels = gather(batch.labels).repeat(num_views)
         losses["triplets"] = triplet_loss(classes, labels, config.margin, config.mining)
     return losses
 

@@ -5,13 +5,16 @@ import ast
 import dataclasses
 import inspect
 import io
+import os
 import re
 import sys
 import textwrap
 import tokenize
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 ConfigT = TypeVar("ConfigT")
@@ -19,6 +22,11 @@ ConfigT = TypeVar("ConfigT")
 
 class UserError(Exception):
     """Something that the user can fix: the message says what was wrong, with which file or value, and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 class Range(NamedTuple):
@@ -155,7 +163,8 @@ def run_script(main: Callable[[Any], Any], config_class: type, description: str 
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             stream.reconfigure(errors="backslashreplace")
     try:
-        main(parse_config(config_class, description or ""))
+        with _quiet_unless_first():
+            main(parse_config(config_class, description or ""))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -168,6 +177,16 @@ def run_script(main: Callable[[Any], Any], config_class: type, description: str 
         hint = ": --resume continues after the last complete epoch" if issubclass(config_class, RunConfig) else ""
         print(f"stopped{hint}", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def _quiet_unless_first() -> Iterator[None]:
+    """Of the processes that torchrun starts on a machine, only the first one prints, but for errors."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def field_comments(config_class: type) -> dict[str, str]:

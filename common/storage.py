@@ -49,13 +49,10 @@ def cache_folder(name: str) -> Path | None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes `folder` and a file in it, and removes what it made; raises `UserError` where that fails."""
-    existed = folder.exists()
+    """Raises `UserError` where no file can be made in `folder`, or no folder where it will be. Leaves nothing there."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        if not existed:
-            folder.rmdir()
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise UserError(f"the folder {folder} can't be written to ({error.strerror}): name another") from error
 
@@ -83,16 +80,27 @@ class RowCache:
         self.flushed_at = time.monotonic()
         self.where: dict[bytes, int] = {}  # sha256 -> place in the parts, laid end to end
         self.count = 0
-        for path in sorted(self.folder.glob("*.npy")) if self.folder else []:
-            if (segment := _open(path, self.record, mmap)) is not None:
-                self._append(segment)
-        self.flushed = len(self.parts)
+        self.opened: set[str] = set()  # names of files
+        self.refresh()
 
     def __enter__(self) -> "RowCache":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.flush()
+
+    def refresh(self) -> None:
+        """Reads what other processes have written to the folder since."""
+        with self.lock:
+            self.flush()
+            for path in sorted(self.folder.glob("*.npy")) if self.folder else []:
+                if path.name in self.opened:
+                    continue
+                self.opened.add(path.name)
+                segment = _open(path, self.record, self.mmap)
+                if segment is not None and not (known := self.contains(segment["sha256"])).all():
+                    self._append(segment[~known] if known.any() and not self.mmap else segment)
+            self.flushed = len(self.parts)
 
     def contains(self, sha256: np.ndarray) -> np.ndarray:
         """bool [N]: which of the keys 'S64' [N] have a row."""
@@ -170,6 +178,7 @@ class RowCache:
         path = folder / f"{_checksum(records)}-{uuid.uuid4().hex[:8]}.npy"
         with atomic_write(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, records, allow_pickle=False)
+        self.opened.add(path.name)
         return path
 
     def _merge(self, folder: Path) -> None:
@@ -177,11 +186,7 @@ class RowCache:
         it gone computes its rows again.
         """
         paths = sorted(folder.glob("*.npy"))
-        for path in paths:
-            segment = _open(path, self.record, self.mmap)
-            if segment is not None and not (known := self.contains(segment["sha256"])).all():
-                self._append(segment[~known])
-        self.flushed = len(self.parts)
+        self.refresh()
         merged = np.concatenate(self.parts)[sorted(self.where.values())]
         self._write_segment(folder, merged)
         for path in paths:

@@ -88,3 +88,23 @@ def test_the_gallery_is_found_from_another_folder(run_script, offline, synthetic
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(str(tmp_path.resolve() / "pets")) >= 5
     assert (tmp_path / "results" / "search.png").exists()
+
+
+def test_processes_that_know_nothing_of_each_other_embed_a_part_each(
+    run_script, offline, trained, synthetic_photos, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "results", ignore=shutil.ignore_patterns("*.json", "*.png"))
+    index = ("--index", str(synthetic_photos), "--approach", "siamese")
+    for rank in ("0", "1", "2"):
+        offline |= {"RANK": rank, "WORLD_SIZE": "3"}
+        ended = run_script("search.py", *index)
+        assert ended.returncode == 0, ended.stderr
+        assert f"part {int(rank) + 1} of 3: 40 photos are embedded, 0 skipped" in ended.stdout
+    del offline["RANK"], offline["WORLD_SIZE"]
+    ended = run_script("search.py", str(sorted(synthetic_photos.rglob("*.jpg"))[0]), *index)
+    assert ended.returncode == 0, ended.stderr
+    assert "embedding the gallery" not in ended.stderr  # nothing was left to embed
+    offline |= {"RANK": "3", "WORLD_SIZE": "3"}
+    ended = run_script("search.py", *index)
+    assert ended.returncode == 2
+    assert "RANK is 3 and WORLD_SIZE 3: give whole numbers, RANK from 0 to WORLD_SIZE - 1" in ended.stderr

@@ -139,14 +139,23 @@ def load_photos(
 
 
 def load_library(
-    folder: Path, consumers: Sequence[FileConsumer] = (), cache: Path | None = None, label: str = "reading photos"
+    folder: Path,
+    consumers: Sequence[FileConsumer] = (),
+    cache: Path | None = None,
+    label: str = "reading photos",
+    part: tuple[int, int] = (0, 1),
 ) -> Photos:
     """The same for searching: files of the same path, size and time of change as last time are not read again.
 
     Their hashes are kept in `cache`. Photos of no class get the class `NO_CLASS`, and any number of files may be
-    unusable as long as one is not. Raises `UserError`.
+    unusable as long as one is not. `part` (i, n): only the i-th of n parts of the files, counted from 0. Raises
+    `UserError`.
     """
     found = [(path, name or NO_CLASS) for path, name in _find(folder)]
+    number, count = part
+    if count > len(found):
+        raise UserError(f"{folder} has {len(found):,} photos: divide them among no more processes than that")
+    found = found[len(found) * number // count : len(found) * (number + 1) // count]
     paths = [path for path, _ in found]
     reasons: dict[str, str] = {}
     with RowCache(cache, "SHA-256 of files by path, size and time of change", (), "S64") as known:

@@ -9,6 +9,8 @@ import math
 import torch
 from torch.nn import functional
 
+from common.distributed import own_rows, world
+
 STRETCH, SHEAR = 0.25, 0.2  # width to height times e^+-(2 STRETCH); how far edges tilt, as a fraction of a crop's side
 JITTER, HUE = 0.5, 0.05  # brightness, contrast and saturation times 1 +- JITTER; hue +- HUE of the colour circle
 ERASED = (0.02, 0.2)  # area of the erased rectangle, as a fraction of the view; half of the views have one
@@ -39,7 +41,7 @@ def random_crop(images: torch.Tensor, min_crop_area: float, size: int) -> torch.
     side = _uniform(images, min_crop_area, 1).sqrt()  # of the crop, as a fraction of the photo's
     stretch = _uniform(images, -STRETCH, STRETCH).exp()
     width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
-    mirror = 1 - 2 * torch.randint(2, (len(images),), device=images.device)
+    mirror = 1 - 2 * own_rows(torch.randint(2, (world().size * len(images),), device=images.device))
     x, y = ((1 - length) * _uniform(images, -1, 1) for length in (width, height))  # the crop's centre, in [-1, 1]
     tilt_x, tilt_y = (side * _uniform(images, -SHEAR, SHEAR) for _ in range(2))
     affine = torch.stack([width * mirror, tilt_x, x, tilt_y, height, y], 1).view(-1, 2, 3)
@@ -79,7 +81,7 @@ def random_erasing(images: torch.Tensor) -> torch.Tensor:
         place = (torch.arange(pixels, device=images.device) + 0.5) / pixels
         inside.append((place >= start[:, None]) & (place < (start + side)[:, None]))
     mask = inside[0][:, None, :, None] & inside[1][:, None, None, :] & is_erased.view(-1, 1, 1, 1)
-    return torch.where(mask, 255 * torch.rand(len(images), 3, 1, 1, device=images.device), images)
+    return torch.where(mask, _uniform(images, 0, 255, 3).view(-1, 3, 1, 1), images)
 
 
 def random_resolution(images: torch.Tensor) -> torch.Tensor:
@@ -91,6 +93,7 @@ def random_resolution(images: torch.Tensor) -> torch.Tensor:
     return torch.where(is_small, functional.interpolate(small, size, mode="bilinear"), images)
 
 
-def _uniform(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """float32 [B]"""
-    return torch.empty(len(images), device=images.device).uniform_(low, high)
+def _uniform(images: torch.Tensor, low: float, high: float, *shape: int) -> torch.Tensor:
+    """float32 [B, *shape]; where several processes share a batch, the numbers that one with all of it would draw."""
+    numbers = torch.empty(world().size * len(images), *shape, device=images.device).uniform_(low, high)
+    return own_rows(numbers)

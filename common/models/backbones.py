@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.config import UserError
+from common.config import UserError, first_line
 from common.models.layers import GeM
 from common.models.preprocessing import Preprocessing
 from common.models.timm_backbones import PREFIX, load_timm, load_timm_preprocessing
-from common.models.weights import UNTRAINED, first_line, load_weights, weights_enum
+from common.models.weights import UNTRAINED, load_weights, weights_enum
 
 SHARPNESS = 3.0  # of class probabilities: of standardized logits, an inverse temperature
 # These pool inside forward(), not in a child module.

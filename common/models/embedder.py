@@ -1,6 +1,7 @@
 """From photos to embeddings: decoding on all cores, beside the network's work on the device."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -18,14 +19,17 @@ from tqdm import tqdm
 from common.config import UserError
 from common.data.photos import Photos
 from common.device import autocast, choose_precision, limit_torch_threads
+from common.distributed import world
 from common.models.decoded import DecodedPhotos, decode_files
 from common.models.preprocessing import Preprocessing
 from common.parallel import parallel_map
-from common.storage import RowCache
+from common.storage import FLUSH_SECONDS, RowCache
 
 LoadImages = Callable[[np.ndarray], np.ndarray]  # int [B] -> uint8 [B, S, S, 3]
 PROBE = np.array([b"probe"], "S64")  # in place of a photo's SHA-256
 CPU_BATCH, GPU_BATCH = 8, 256  # photos; larger batches exceed the caches of a CPU
+POLL_SECONDS = 0.5  # between looks at what other processes have embedded
+LOST_SECONDS = 4 * FLUSH_SECONDS  # without news from them, after which their images are embedded here
 
 
 class Embedder:
@@ -132,21 +136,46 @@ class Embedder:
     def embed(self, keys: np.ndarray, load_images: LoadImages, label: str = "") -> np.ndarray:
         """float32 [N, D], L2-normalized, of N images; those in the cache are not computed again.
 
+        Several processes embed a part each, and take the others from the cache.
+
         Args:
             keys: bytes [N] ('S64'), a hash of what determines the pixels of each image.
             load_images: the pixels of the images at some indices.
             label: of the progress bar.
         """
-        missing = np.flatnonzero(self.lacks(keys))
-        _, first = np.unique(keys[missing], return_index=True)
-        missing = missing[np.sort(first)]
-        if len(missing):
-            try:
-                for indices, embeddings in self.stream(load_images, missing, label):
-                    self.rows.put(keys[indices], embeddings)
-            finally:  # an interrupt keeps what came before
-                self.rows.flush()
+        _, first = np.unique(keys, return_index=True)
+        wanted = np.sort(first)
+        rank, size = world()
+        part = np.array_split(wanted, size)[rank]  # whatever others have embedded already, which they know better
+        self._embed_missing(keys, part, load_images, label)
+        if size > 1:
+            self._wait_for_others(keys, wanted)
+            self._embed_missing(keys, wanted, load_images, label)  # what a lost one left
         return self.rows.get(keys)[0]
+
+    def _embed_missing(self, keys: np.ndarray, places: np.ndarray, load_images: LoadImages, label: str) -> None:
+        missing = places[self.lacks(keys[places])]
+        if not len(missing):
+            return
+        try:
+            for indices, embeddings in self.stream(load_images, missing, label):
+                self.rows.put(keys[indices], embeddings)
+        finally:  # an interrupt keeps what came before
+            self.rows.flush()
+
+    def _wait_for_others(self, keys: np.ndarray, places: np.ndarray) -> None:
+        """Waits until other processes have embedded the rest, or are lost."""
+        if self.rows.folder is None:
+            raise UserError("several processes share embeddings in a folder: name one with --cache that has room")
+        heard, num_missing = time.monotonic(), len(places)
+        while time.monotonic() - heard < LOST_SECONDS:
+            self.rows.refresh()
+            places = places[self.lacks(keys[places])]
+            if not len(places):
+                return
+            if len(places) < num_missing:
+                heard, num_missing = time.monotonic(), len(places)
+            time.sleep(POLL_SECONDS)
 
     def embed_photos(self, photos: Photos, label: str = "") -> np.ndarray:
         """float32 [N, D], L2-normalized; raises `UserError` for a photo that has changed or gone."""

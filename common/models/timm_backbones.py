@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
-from common.config import UserError
+from common.config import UserError, first_line
 from common.extras import require
 from common.models.preprocessing import Preprocessing
-from common.models.weights import UNTRAINED, first_line
+from common.models.weights import UNTRAINED
 
 PREFIX = "timm/"
 

@@ -11,12 +11,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common.config import UserError
+from common.config import UserError, first_line
 from common.data.photos import Photos
 from common.device import autocast, choose_precision
+from common.distributed import (
+    average,
+    average_gradients,
+    copy_from_first,
+    lost_process_is_an_error,
+    require_connection,
+    synchronized_batch_norm,
+    wait_for_all,
+    world,
+)
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.weights import first_line
 from common.parallel import parallel_map
 
 WARM_UP = 0.05  # fraction of the steps
@@ -28,7 +37,7 @@ Losses = dict[str, torch.Tensor]  # the terms of the loss by name, each a scalar
 
 
 class Batch(NamedTuple):
-    """B photos on the device."""
+    """B photos on the device, this process's part of a step's."""
 
     images: torch.Tensor  # uint8 [B, S, S, 3]
     labels: torch.Tensor  # int64 [B]
@@ -104,6 +113,7 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        average_gradients(self.network)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
         self.scaler.step(self.optimizer)
@@ -113,11 +123,14 @@ class Trainer:
         """At a step, counted over all epochs."""
         return self.peak_learning_rate * schedule(step / self.total_steps)
 
-    def save_state(self, checkpoint: Checkpoint, finished: bool) -> None:
-        """Puts the state into `checkpoint`; that of a finished run has no optimizer."""
+    def save(self, checkpoint: Checkpoint, path: Path, finished: bool) -> None:
+        """Puts the state into `checkpoint` and writes it; that of a finished run has no optimizer."""
         checkpoint.network = self.network.state_dict()
         checkpoint.optimizer = None if finished else self.optimizer.state_dict()
         checkpoint.scaler = None if finished else self.scaler.state_dict()
+        if world().rank == 0:
+            checkpoint.save(path)
+        wait_for_all()
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Restores the state from a checkpoint."""
@@ -146,30 +159,45 @@ def train(
     comes from torch's global generators. `sampler` decides the order of an epoch, random by default; the last
     incomplete batch is dropped. `checkpoint` is that of the new run, still without state.
 
+    Several processes share every batch (`common.distributed`); the first one writes the checkpoint.
+
     Returns the history, an entry of `train_epoch` per epoch. Raises `UserError` for a loss that is NaN or infinite, and
     for a checkpoint to resume from that is damaged or belongs to another run.
     """
-    batch_size = min(config.batch_size, len(photos))
+    batch_size = _step_size(config.batch_size, len(photos))
+    if config.epochs:
+        require_connection()
     steps = len(photos) // batch_size
     trainer = Trainer(network, config, config.epochs * steps)
     sampler = sampler or RandomSampler(len(photos))
+    wait_for_all()
     if config.resume:
         checkpoint.history = resume(trainer, checkpoint, path, config.epochs)
     history = checkpoint.history
+    with lost_process_is_an_error(), synchronized_batch_norm(network):
+        copy_from_first(network)
+        for epoch in range(len(history), config.epochs):
+            rng = np.random.default_rng((config.seed, epoch))
+            torch.manual_seed(int(rng.integers(2**62)))
+            batches = sampler.epoch(rng)[: steps * batch_size].reshape(steps, batch_size)
+            try:
+                history.append(train_epoch(trainer, training_step, photos, decoded, batches, epoch, config.epochs))
+            except UserError as error:
+                raise UserError(f"{error}; {path} keeps epoch {epoch}" if history else str(error)) from error
+            trainer.save(checkpoint, path, finished=epoch + 1 == config.epochs)
     if not config.epochs:
-        trainer.save_state(checkpoint, finished=True)
-        checkpoint.save(path)
-    for epoch in range(len(history), config.epochs):
-        rng = np.random.default_rng((config.seed, epoch))
-        torch.manual_seed(int(rng.integers(2**62)))
-        batches = sampler.epoch(rng)[: steps * batch_size].reshape(steps, batch_size)
-        try:
-            history.append(train_epoch(trainer, training_step, photos, decoded, batches, epoch, config.epochs))
-        except UserError as error:
-            raise UserError(f"{error}; {path} keeps epoch {epoch}" if history else str(error)) from error
-        trainer.save_state(checkpoint, finished=epoch + 1 == config.epochs)
-        checkpoint.save(path)
+        trainer.save(checkpoint, path, finished=True)
     return history
+
+
+def _step_size(batch_size: int, num_photos: int) -> int:
+    """Photos in a step of all processes; raises `UserError` where their parts would differ."""
+    size = world().size
+    if batch_size % size:
+        raise UserError(f"batch_size is {batch_size}: give a multiple of the number of processes, {size}")
+    if num_photos < size:
+        raise UserError(f"there are {num_photos} photos to train on: start no more processes than that")
+    return min(batch_size, num_photos // size * size)
 
 
 def train_epoch(
@@ -200,6 +228,7 @@ def train_epoch(
                     raise UserError(f"the loss is {mean_loss} in epoch {epoch + 1}: lower learning_rate ({peak})")
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             bar.update(batch_size)
+    average(list(sums.values()))
     terms = {name: float(total) / steps for name, total in sums.items()}
     seconds = time.perf_counter() - started
     return {
@@ -213,7 +242,8 @@ def train_epoch(
 
 
 def load_batches(photos: Photos, decoded: DecodedPhotos, batches: np.ndarray, device: torch.device) -> Iterable[Batch]:
-    """The batches on the device, prefetched by worker threads."""
+    """This process's part of the batches, on the device, prefetched by worker threads."""
+    batches = np.split(batches, world().size, axis=1)[world().rank]
     labels = torch.from_numpy(photos.labels).to(device)
     pin = device.type == "cuda"
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from common.config import UserError
+from common.config import UserError, first_line
 
 TIMEOUT = 15.0  # seconds without an answer from the server
 UNTRAINED = "none (untrained)"
@@ -105,11 +105,6 @@ def _from_file(name: str, path: Path) -> tuple[nn.Module, str]:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 @contextmanager

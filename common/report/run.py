@@ -1,7 +1,8 @@
 """A run of an approach, from its hyperparameters to its result file."""
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -19,6 +20,7 @@ from common.data.sources import locate_photos
 from common.data.split import Split, TestSet, describe, describe_test_set, fingerprint, leave_one_out, load_split
 from common.data.synthetic import is_synthetic
 from common.device import choose_device
+from common.distributed import connect, disconnect, first_process_first, world
 from common.models.backbones import load_classifier
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
@@ -34,6 +36,7 @@ from common.retrieval.protocol import (
     PROTOCOL,
     Evaluation,
     Values,
+    embed_all,
     evaluate,
     raw_pixel_embedder,
     score_baseline,
@@ -84,9 +87,11 @@ class Run(Generic[ConfigT]):
         """
         started, commit = time.perf_counter(), current_commit()
         device = choose_device(config.device)
+        connect(device)
         require_writable(Path(config.results))  # better to fail now than after training
         require_engine(config)
-        folder = locate_photos(config.data)
+        with first_process_first():
+            folder = locate_photos(config.data)
         if is_synthetic(folder):
             config = apply_overrides(config, synthetic_overrides)
         torch.manual_seed(config.seed)  # for initial weights; all else that is random has a generator of its own
@@ -103,21 +108,31 @@ class Run(Generic[ConfigT]):
         """Of this approach's checkpoint."""
         return Path(self.config.results) / f"{self.approach}.pt"
 
-    def load_photos(self, *consumers: FileConsumer) -> Split:
+    def load_photos(self, *consumers: Embedder | DecodedPhotos) -> Split:
         """What to train on and to test on. Each file is read once, and handed to the consumers and to the baseline."""
+        if world().size > 1:  # which embed a part each, later
+            consumers = tuple(each for each in consumers if not isinstance(each, Embedder))
+        with first_process_first():
+            for consumer in consumers:
+                consumer.rows.refresh()
+            return self._load_photos((*consumers, self.raw_pixels))
+
+    def _load_photos(self, consumers: Sequence[FileConsumer]) -> Split:
         config = self.config
-        everyone = (*consumers, self.raw_pixels)
-        split = load_split(self.folder, config.queries, config.split, config.seed, everyone, config.labelled)
+        split = load_split(self.folder, config.queries, config.split, config.seed, consumers, config.labelled)
         for folder in map(Path, config.also):
             name = folder.absolute().name  # that of . would be empty
             if name in self.also:
                 raise UserError(f"two folders of --also are called {name}: rename one, as results go by names")
-            self.also[name] = leave_one_out(load_photos(folder, everyone, f"reading {name}"))
+            self.also[name] = leave_one_out(load_photos(folder, consumers, f"reading {name}"))
         return split
 
     def measure_baseline(self, name: str, embedder: Embedder, split: Split) -> None:
         """Scores a network to compare the run's own with, on the same photos; before training changes it."""
-        self.baselines[name] = score_baseline(embedder, split.test, self.also, self.config.seed)
+        if world().size > 1:
+            embed_all(embedder, split, self.also, self.config.seed)
+        if world().rank == 0:
+            self.baselines[name] = score_baseline(embedder, split.test, self.also, self.config.seed)
 
     def prepare_training(
         self, frozen: Embedder, weights: str, split: Split, views_alone: bool, with_classifier: bool
@@ -185,7 +200,12 @@ class Run(Generic[ConfigT]):
         return Embedder(network, decoded.preprocessing, self.device, batch_size, self.cache, decoded)
 
     def evaluate(self, embedder: Embedder, split: Split) -> Evaluation:
-        """By the protocol that all approaches share."""
+        """By the protocol that all approaches share. Of several processes the first one scores; the others end here."""
+        if world().size > 1:
+            embed_all(embedder, split, self.also, self.config.seed)
+            disconnect()
+        if world().rank:
+            sys.exit()
         seed, test_sets = self.config.seed, {"": split.test, **self.also}
         pixels = score_baseline(self.raw_pixels, split.test, self.also, seed, instances=False)
         chance = {name: score_chance(test, seed) for name, test in test_sets.items()}

@@ -18,6 +18,7 @@ from common.data.sources import require_folder
 from common.data.split import split_by_class, split_photos
 from common.data.web import fetch_photo
 from common.device import choose_device
+from common.distributed import world
 from common.models.backbones import load_backbone
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
@@ -185,6 +186,47 @@ def load_engine(
     Photos that the cache doesn't know are embedded, with a progress bar. `pretrained`: backbone and weights of the
     approach `PRETRAINED`. `config`: how to search. See `load_embedder`. Raises `UserError`.
     """
+    embedder, checkpoint, folder = _open_network(approach, import_script, results, index, cache, device, pretrained)
+    gallery = load_library(folder, [embedder], cache, "embedding the gallery")
+    if checkpoint and not index:
+        gallery = _run_gallery(gallery, checkpoint, cache)
+    knn = build_index(gallery, embedder, config)
+    if isinstance(knn, GraphKNN) and knn.is_new and len(gallery) > 1:
+        describe_quality(knn, knn.gallery, np.arange(len(gallery)), config)
+    return SearchEngine(approach, embedder, gallery, knn)
+
+
+def embed_part(
+    approach: str,
+    import_script: Callable[[str], ModuleType],
+    results: Path,
+    index: str,
+    cache: Path | None,
+    device: str,
+    pretrained: tuple[str, str],
+) -> None:
+    """Embeds this process's part of the photos that `load_engine` would search, and leaves it in `cache`.
+
+    Raises `UserError`.
+    """
+    if cache is None:
+        raise UserError("several processes share embeddings in a folder: name one with --cache")
+    embedder, _, folder = _open_network(approach, import_script, results, index, cache, device, pretrained)
+    rank, size = world()
+    photos = load_library(folder, [embedder], cache, f"embedding part {rank + 1} of {size}", world())
+    print(f"part {rank + 1} of {size}: {len(photos):,} photos are embedded, {len(photos.skipped):,} skipped")
+
+
+def _open_network(
+    approach: str,
+    import_script: Callable[[str], ModuleType],
+    results: Path,
+    index: str,
+    cache: Path | None,
+    device: str,
+    pretrained: tuple[str, str],
+) -> tuple[Embedder, Checkpoint | None, Path]:
+    """The network, its checkpoint if it has one, and the folder of photos to search."""
     checkpoint = None
     if approach == PRETRAINED:
         if not index:
@@ -196,13 +238,7 @@ def load_engine(
     folder = Path(index or checkpoint.folder if checkpoint else index)
     if not index and not folder.is_dir():
         raise UserError(f"the gallery of {approach}.py, {folder}, is gone: name a folder to search with --index")
-    gallery = load_library(folder, [embedder], cache, "embedding the gallery")
-    if checkpoint and not index:
-        gallery = _run_gallery(gallery, checkpoint, cache)
-    knn = build_index(gallery, embedder, config)
-    if isinstance(knn, GraphKNN) and knn.is_new and len(gallery) > 1:
-        describe_quality(knn, knn.gallery, np.arange(len(gallery)), config)
-    return SearchEngine(approach, embedder, gallery, knn)
+    return embedder, checkpoint, folder
 
 
 def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None) -> Photos:

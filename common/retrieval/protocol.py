@@ -59,8 +59,8 @@ def evaluate(
     how the test set is searched; a ranking beyond the first 100, distorted copies and further test sets are exact.
     """
     test = split.test
-    embedder.embed_photos(test.gallery, "embedding the gallery")
-    query_embeddings = embedder.embed_photos(test.queries, "embedding the queries")
+    embed_all(embedder, split, also, seed)
+    query_embeddings = embedder.embed_photos(test.queries)
     started = time.perf_counter()
     knn = build_index(test.gallery, embedder, config)
     index_seconds = time.perf_counter() - started
@@ -86,6 +86,17 @@ def evaluate(
         neighbours=neighbours,
         search=describe_quality(knn, query_embeddings, test.exclude, config),
     )
+
+
+def embed_all(embedder: Embedder, split: Split, also: Mapping[str, TestSet], seed: int) -> None:
+    """Embeds all that `evaluate` scores, so that several processes can share the work; arguments are the same."""
+    for photos in (split.test.gallery, split.test.queries, split.validation):
+        embedder.embed_photos(photos, "embedding photos")
+    for name, test in also.items():
+        embedder.embed_photos(test.gallery, f"embedding {name}")
+    chosen = choose_instances(split.test, seed)
+    for kind in distortions.KINDS:
+        embed_copies(embedder, chosen, kind, seed)
 
 
 def score_baseline(
@@ -147,12 +158,9 @@ def score_instances(embedder: Embedder, test: TestSet, seed: int) -> Values:
     """Do distorted copies of queries find their original among gallery and queries together?
 
     One value per query, float64 [I]: for each kind of distortion `instance_hit_rate@1_<kind>`, and the means over the
-    kinds. Nobody trained on the queries, so this is no matter of memory. Up to `NUM_INSTANCES` queries, chosen by a
-    hash of content and seed. A byte-identical twin counts as the original.
+    kinds. Nobody trained on the queries, so this is no matter of memory. A byte-identical twin counts as the original.
     """
-    queries = test.queries
-    draws = [hashlib.sha256(f"instance {seed} ".encode() + one).hexdigest() for one in queries.sha256.tolist()]
-    chosen = queries.subset(np.argsort(np.array(draws, "S64"), kind="stable")[:NUM_INSTANCES])
+    chosen = choose_instances(test, seed)
     searched = np.concatenate([part.sha256 for part in test.parts])
     _, identity = np.unique(np.concatenate([searched, chosen.sha256]), return_inverse=True)
     identity, wanted = np.split(identity, [len(searched)])
@@ -170,6 +178,13 @@ def score_instances(embedder: Embedder, test: TestSet, seed: int) -> Values:
         "instance_mrr": np.mean([metrics.reciprocal_rank(found) for found in ranks.values()], axis=0),
         **values,
     }
+
+
+def choose_instances(test: TestSet, seed: int) -> Photos:
+    """Up to `NUM_INSTANCES` queries, chosen by a hash of content and seed."""
+    queries = test.queries
+    draws = [hashlib.sha256(f"instance {seed} ".encode() + one).hexdigest() for one in queries.sha256.tolist()]
+    return queries.subset(np.argsort(np.array(draws, "S64"), kind="stable")[:NUM_INSTANCES])
 
 
 def embed_copies(embedder: Embedder, photos: Photos, kind: str, seed: int) -> np.ndarray:

@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     require_writable(tmp_path / "new" / "results")
     assert not (tmp_path / "new" / "results").exists()  # nothing is left of the trial
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"the folder .*file can't be written to \(File exists\): name another"):
+    with pytest.raises(UserError, match=r"the folder .*file can't be written to \(Not a directory\): name another"):
         require_writable(tmp_path / "file")
 
     def fail(**_):

@@ -10,6 +10,7 @@ import common.data.photos
 from common.config import UserError
 from common.data.decode import decode_photo
 from common.data.photos import Photos, hash_content, load_photos
+from common.distributed import World
 from common.models import embedder as module
 from common.models import preprocessing as preprocessing_module
 from common.models.backbones import load_backbone
@@ -117,6 +118,34 @@ def test_without_a_cache_embeddings_are_kept_for_the_run(photos, new_embedder, m
     assert new_embedder().lacks(photos.sha256).all()
     monkeypatch.setattr(Embedder, "embed_batch", fail)
     assert np.array_equal(embedder.embed_photos(photos), first)
+
+
+def test_several_processes_embed_a_part_each(photos, new_embedder, tmp_path, monkeypatch):
+    """The second of two starts first, and does not wait for the other."""
+    expected = new_embedder().embed_photos(photos)
+    loaded = []
+    load = DecodedPhotos.load
+    monkeypatch.setattr(DecodedPhotos, "load", lambda *given: loaded.append(given[2]) or load(*given))
+    monkeypatch.setattr(module, "LOST_SECONDS", 0.1)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0)
+    monkeypatch.setattr(module, "world", lambda: World(1, 2))
+    second = new_embedder(cache=tmp_path)
+    embed_missing = second._embed_missing
+    first = new_embedder(cache=tmp_path)
+
+    def embed_and_let_the_other_do_so(keys, places, *rest):
+        embed_missing(keys, places, *rest)
+        first._embed_missing(keys, np.arange(8), *rest)  # 7 of its 15 are left when it is lost
+
+    monkeypatch.setattr(second, "_embed_missing", embed_and_let_the_other_do_so)
+    assert second.embed_photos(photos) == pytest.approx(expected, abs=1e-6)
+    assert np.concatenate(loaded).tolist() == [*range(15, 30), *range(8), *range(8, 15)]
+
+
+def test_several_processes_need_a_cache(photos, new_embedder, monkeypatch):
+    monkeypatch.setattr(module, "world", lambda: World(1, 2))
+    with pytest.raises(UserError, match="several processes share embeddings in a folder: name one with --cache"):
+        new_embedder().embed_photos(photos)
 
 
 def test_equal_images_are_computed_once(new_embedder):

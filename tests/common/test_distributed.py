@@ -1,0 +1,100 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parent / "distributed_worker.py"
+APPROACHES = ("siamese", "triplet", "cnn_feature_extraction", "autoencoder")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+
+def run(count, *arguments, cwd=None):
+    command = [sys.executable] if count == 1 else [*TORCHRUN, f"--nproc-per-node={count}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    ended = run(1, str(WORKER), str(folder))
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_as_one_does(one_process, tmp_path, count):
+    ended = run(count, str(WORKER), str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    for approach in APPROACHES:
+        one, several = (torch.load(folder / f"{approach}.pt", weights_only=True) for folder in (one_process, tmp_path))
+        assert one["network"].keys() == several["network"].keys()
+        for name, tensor in one["network"].items():
+            difference = (tensor.double() - several["network"][name].double()).abs().max()
+            assert difference < 1e-6, (approach, name)
+        for name in one["history"][0].keys() - {"seconds", "photos_per_second"}:
+            assert several["history"][0][name] == pytest.approx(one["history"][0][name], abs=1e-6), (approach, name)
+
+
+def test_a_script_started_by_torchrun(synthetic_photos, tmp_path):
+    """Both processes end well, one of them writes, and the result is that of a single process."""
+    options = ("--data", str(synthetic_photos), "--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "1")
+    sizes = ("--image-size", "64", "--view-size", "48", "--batch-size", "16")
+    losses = []
+    for count in (1, 2):
+        results = tmp_path / str(count)
+        caches = ("--results", str(results), "--cache", str(tmp_path / f"cache{count}"))
+        ended = run(count, str(ROOT / "siamese.py"), *options, *sizes, *caches, cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("written: ") == 1
+        result = json.loads((results / "siamese.json").read_text())
+        losses.append(result["history"][0]["loss"])
+        assert result["metrics"]["precision@5"]["value"] > 0.3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_killed_process_ends_the_run(synthetic_photos, tmp_path):
+    options = ("--data", str(synthetic_photos), "--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "500")
+    sizes = ("--image-size", "64", "--view-size", "48", "--batch-size", "16", "--results", str(tmp_path))
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(ROOT / "siamese.py"), *options, *sizes]
+    first, second = (
+        subprocess.Popen(command, env={**environment, "RANK": rank}, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    checkpoint = tmp_path / "siamese.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second.kill()
+    _, errors = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 2
+    assert "another process of this run was lost" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", "15"), "batch_size is 15: give a multiple of the number of processes, 2"),
+        ((), "processes that train together need an address to meet at: start them with torchrun"),
+    ],
+)
+def test_one_clear_sentence(run_script, offline, synthetic_photos, arguments, message):
+    offline |= {"RANK": "0", "WORLD_SIZE": "2"}
+    options = ("--data", str(synthetic_photos), "--weights", "none", "--image-size", "64", "--view-size", "48")
+    ended = run_script("autoencoder.py", *options, "--feature-weight", "0", *arguments)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
