@@ -18,8 +18,9 @@ from benchmarks import measure
 from common.config import Range, UserError, run_script
 from common.device import choose_product_precision
 from common.report.plots import load_pyplot
+from common.retrieval.approximate import RECALL_K
 from common.retrieval.exact import CosineKNN
-from common.retrieval.graph import RECALL_K, GraphKNN
+from common.retrieval.graph import GraphKNN
 
 CODES = {"float32": "#1f6feb", "float16": "#2f9e44", "int8": "#d9480f"}  # with their colors in the picture
 DEPTHS = (16, 32, 64, 128, 256)

@@ -17,7 +17,7 @@ from common.data.folders import SUFFIXES, find_photos
 from common.data.sources import require_folder
 from common.device import limit_torch_threads
 from common.parallel import parallel_map
-from common.storage import RowCache
+from common.row_cache import RowCache
 
 MAX_SKIPPED = 0.1  # a larger fraction of unreadable photos stops a run
 MAX_KEPT_BYTES = 500_000_000  # files are kept in memory up to this size, so that a run does not read them again

@@ -11,7 +11,7 @@ from common.data.decode import UnreadablePhotoError
 from common.data.photos import Photos
 from common.models.preprocessing import Preprocessing, shrink
 from common.parallel import parallel_map
-from common.storage import RowCache
+from common.row_cache import RowCache
 
 
 class DecodedPhotos:
@@ -27,7 +27,7 @@ class DecodedPhotos:
     def __init__(self, preprocessing: Preprocessing, cache: Path | None) -> None:
         self.preprocessing = preprocessing
         key = f"decoded photos, {preprocessing.pixels}"
-        self.rows = RowCache(cache, key, (preprocessing.crop, preprocessing.crop, 3), np.uint8, mmap=True)
+        self.rows = RowCache(cache, key, (preprocessing.crop, preprocessing.crop, 3), np.uint8, disk_only=True)
 
     def lacks(self, sha256: np.ndarray) -> np.ndarray:
         """bool [N]: which of the photos 'S64' [N] could be added to the array."""

@@ -23,7 +23,7 @@ from common.distributed import world
 from common.models.decoded import DecodedPhotos, decode_files
 from common.models.preprocessing import Preprocessing
 from common.parallel import parallel_map
-from common.storage import FLUSH_SECONDS, RowCache
+from common.row_cache import FLUSH_SECONDS, RowCache, StoredRows
 
 LoadImages = Callable[[np.ndarray], np.ndarray]  # int [B] -> uint8 [B, S, S, 3]
 PROBE = np.array([b"probe"], "S64")  # in place of a photo's SHA-256
@@ -143,6 +143,14 @@ class Embedder:
             load_images: the pixels of the images at some indices.
             label: of the progress bar.
         """
+        self._embed_all(keys, load_images, label)
+        rows, found = self.rows.get(keys)
+        if not found.all():  # some were damaged on disk
+            self._embed_all(keys, load_images, label)
+            rows, _ = self.rows.get(keys)
+        return rows
+
+    def _embed_all(self, keys: np.ndarray, load_images: LoadImages, label: str) -> None:
         _, first = np.unique(keys, return_index=True)
         wanted = np.sort(first)
         rank, size = world()
@@ -151,7 +159,6 @@ class Embedder:
         if size > 1:
             self._wait_for_others(keys, wanted)
             self._embed_missing(keys, wanted, load_images, label)  # what a lost one left
-        return self.rows.get(keys)[0]
 
     def _embed_missing(self, keys: np.ndarray, places: np.ndarray, load_images: LoadImages, label: str) -> None:
         missing = places[self.lacks(keys[places])]
@@ -180,6 +187,11 @@ class Embedder:
     def embed_photos(self, photos: Photos, label: str = "") -> np.ndarray:
         """float32 [N, D], L2-normalized; raises `UserError` for a photo that has changed or gone."""
         return self.embed(photos.sha256, partial(self.decoded.load, photos), label)
+
+    def open_photos(self, photos: Photos) -> StoredRows:
+        """As `embed_photos`, but the embeddings stay in the cache and are read when they are asked for."""
+        self._embed_all(photos.sha256, partial(self.decoded.load, photos), "")
+        return self.rows.find(photos.sha256)[0]
 
 
 def network_digest(network: nn.Module) -> str:

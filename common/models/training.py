@@ -157,16 +157,13 @@ def train(
 
     `photos` are N photos to train on, `decoded` their pixels. `training_step` gives a batch's losses; its randomness
     comes from torch's global generators. `sampler` decides the order of an epoch, random by default; the last
-    incomplete batch is dropped. `checkpoint` is that of the new run, still without state.
-
-    Several processes share every batch (`common.distributed`); the first one writes the checkpoint.
+    incomplete batch is dropped. `checkpoint` is that of the new run, still without state. Several processes divide a
+    batch among them (`common.distributed`); the first one writes the checkpoint.
 
     Returns the history, an entry of `train_epoch` per epoch. Raises `UserError` for a loss that is NaN or infinite, and
     for a checkpoint to resume from that is damaged or belongs to another run.
     """
-    batch_size = _step_size(config.batch_size, len(photos))
-    if config.epochs:
-        require_connection()
+    batch_size = _step_size(config, len(photos))
     steps = len(photos) // batch_size
     trainer = Trainer(network, config, config.epochs * steps)
     sampler = sampler or RandomSampler(len(photos))
@@ -190,9 +187,11 @@ def train(
     return history
 
 
-def _step_size(batch_size: int, num_photos: int) -> int:
-    """Photos in a step of all processes; raises `UserError` where their parts would differ."""
-    size = world().size
+def _step_size(config: TrainingConfig, num_photos: int) -> int:
+    """Photos in a step of all processes; raises `UserError` where these aren't connected or parts would differ."""
+    if config.epochs:
+        require_connection()
+    size, batch_size = world().size, config.batch_size
     if batch_size % size:
         raise UserError(f"batch_size is {batch_size}: give a multiple of the number of processes, {size}")
     if num_photos < size:

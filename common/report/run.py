@@ -258,12 +258,7 @@ class Run(Generic[ConfigT]):
             checkpoint.save(self.checkpoint_path)
 
     def _result(
-        self,
-        embedder: Embedder,
-        model: dict[str, str],
-        split: Split,
-        evaluation: Evaluation,
-        history: list[dict],
+        self, embedder: Embedder, model: dict[str, str], split: Split, evaluation: Evaluation, history: list[dict]
     ) -> dict[str, Any]:
         """What every result file holds."""
         scores = {name: with_intervals(values) for name, values in evaluation.values.items()}

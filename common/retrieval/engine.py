@@ -23,8 +23,8 @@ from common.models.backbones import load_backbone
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
+from common.retrieval.approximate import RECALL_QUERIES, ApproximateKNN
 from common.retrieval.exact import CosineKNN
-from common.retrieval.graph import GraphKNN
 from common.retrieval.index import EXACT, build_index, describe_quality
 
 T = TypeVar("T")
@@ -191,8 +191,9 @@ def load_engine(
     if checkpoint and not index:
         gallery = _run_gallery(gallery, checkpoint, cache)
     knn = build_index(gallery, embedder, config)
-    if isinstance(knn, GraphKNN) and knn.is_new and len(gallery) > 1:
-        describe_quality(knn, knn.gallery, np.arange(len(gallery)), config)
+    if isinstance(knn, ApproximateKNN) and knn.is_new and len(gallery) > 1:
+        own = np.linspace(0, len(gallery) - 1, min(RECALL_QUERIES, len(gallery))).astype(int)
+        describe_quality(knn, knn.gallery[own], own, config)
     return SearchEngine(approach, embedder, gallery, knn)
 
 

@@ -26,33 +26,42 @@ import torch
 
 from common.device import choose_product_precision, limit_torch_threads
 from common.parallel import parallel_map
+from common.row_cache import StoredRows
 
 GALLERY_BLOCK = 32_768  # gallery embeddings compared at a time
 QUERY_BLOCK = 256  # queries compared with them at a time, by one core
 MIN_QUERIES_TO_ROUND = 64
 RANK_BLOCK = 1 << 20  # similarities ranked at a time, by one core
 FLOAT32_EPSILON = 2.0**-24  # largest relative error of rounding to float32
+UNIT_TOLERANCE = 8 * FLOAT32_EPSILON  # of the length of a vector that has been normalized
 BFLOAT16_ERROR = 2.0**-9  # largest absolute error of rounding a number below 1 to bfloat16
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
-    """float32 [N, D], each row scaled to length 1; a row of zeros stays. Raises ValueError for NaN and infinity."""
+    """float32 [N, D], each row scaled to length 1; a row of zeros stays. `vectors` themselves where all are so already.
+
+    Raises ValueError for NaN and infinity.
+    """
     vectors = np.asarray(vectors, np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    starts = range(0, len(vectors), GALLERY_BLOCK)  # a norm makes a copy of what it is given
+    parts = [np.linalg.norm(vectors[start : start + GALLERY_BLOCK], axis=1, keepdims=True) for start in starts]
+    lengths = np.concatenate([np.ones((0, 1), np.float32), *parts])
     if not np.isfinite(lengths).all():
         raise ValueError("a vector holds NaN or infinity")
+    if (np.abs(lengths - 1) < UNIT_TOLERANCE).all():
+        return vectors
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
 class CosineKNN:
     """Compares queries with every embedding of a gallery; memory beyond the gallery itself is bounded."""
 
-    def __init__(self, gallery: np.ndarray) -> None:
-        """`gallery`: float [N, D], N > 0, finite; normalized here."""
-        if gallery.ndim != 2 or not len(gallery):
+    def __init__(self, gallery: np.ndarray | StoredRows) -> None:
+        """`gallery`: float [N, D], N > 0, finite; normalized here, but for rows on disk, which must be unit vectors."""
+        if len(gallery.shape) != 2 or not len(gallery):
             raise ValueError(f"a gallery is an array [N, D] with N > 0, not {gallery.shape}")
         _silence_sparse_warning()
-        self.gallery = normalize(gallery)
+        self.gallery = gallery if isinstance(gallery, StoredRows) else normalize(gallery)
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k most similar gallery embeddings of each query, most similar first.
@@ -87,7 +96,7 @@ class CosineKNN:
         queries = self._checked(queries)
         rows = max(1, RANK_BLOCK // len(self.gallery))
         chunks = [slice(start, min(start + rows, len(queries))) for start in range(0, len(queries), rows)]
-        gallery = torch.from_numpy(self.gallery)
+        gallery = torch.from_numpy(self.gallery[:])
 
         def scores(chunk: slice) -> np.ndarray:
             product = _product(torch.from_numpy(queries[chunk]), gallery).numpy()

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common import storage
-from common.storage import RowCache
+from common import row_cache
+from common.row_cache import RowCache
 
 
 def keys(*names: str) -> np.ndarray:
@@ -22,14 +22,14 @@ def rows(*numbers: float) -> np.ndarray:
     return np.array([[number, 10 * number] for number in numbers], np.float32).reshape(-1, 2)
 
 
-def open_cache(folder: Path | None, key: str = "key", mmap: bool = False) -> RowCache:
-    return RowCache(folder, key, (2,), np.float32, mmap)
+def open_cache(folder: Path | None, key: str = "key", disk_only: bool = False) -> RowCache:
+    return RowCache(folder, key, (2,), np.float32, disk_only)
 
 
-def fill(folder: Path, *names: str, first: int = 0, key: str = "key", mmap: bool = False) -> Path:
+def fill(folder: Path, *names: str, first: int = 0, key: str = "key", disk_only: bool = False) -> Path:
     """Rows [first, 10 first], [first + 1, ...] ... under some names, in a segment of their own; returns its path."""
     before = set(folder.rglob("*.npy"))
-    with open_cache(folder, key, mmap) as cache:
+    with open_cache(folder, key, disk_only) as cache:
         cache.put(keys(*names), rows(*range(first, first + len(names))))
     (segment,) = set(folder.rglob("*.npy")) - before
     return segment
@@ -52,5 +52,5 @@ def segments(folder: Path) -> list[Path]:
 def little_room(monkeypatch: pytest.MonkeyPatch, free: int) -> Iterator[None]:
     """The disk has so many bytes left."""
     with monkeypatch.context() as patched:
-        patched.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        patched.setattr(row_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         yield

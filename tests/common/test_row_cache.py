@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from common import storage
-from common.storage import MIN_FREE_BYTES, STALE_SECONDS, RowCache
+from common import row_cache
+from common.row_cache import MIN_FREE_BYTES, RowCache
+from common.storage import STALE_SECONDS
 from tests.common.row_cache import fill, keys, little_room, open_cache, rows, segments, stored
 
 
@@ -70,12 +71,12 @@ def test_an_interrupt_keeps_what_was_put(tmp_path):
 
 
 def test_a_kill_loses_only_what_was_put_lately(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FLUSH_BYTES", 3 * (64 + 8))  # of three records
+    monkeypatch.setattr(row_cache, "FLUSH_BYTES", 3 * 8)  # of three rows
     cache = open_cache(tmp_path)
     for number, name in enumerate("abcdef"):
         cache.put(keys(name), rows(number))
     assert stored(open_cache(tmp_path), *"abcdef") == [0, 1, 2, 3, None, None]
-    monkeypatch.setattr(storage, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(row_cache, "FLUSH_SECONDS", 0.0)
     cache.put(keys("g"), rows(6))
     assert stored(open_cache(tmp_path), *"abcdefg") == [0, 1, 2, 3, 4, 5, 6]
 
@@ -90,7 +91,7 @@ def test_runs_that_share_a_folder_lose_no_rows_of_each_other(tmp_path):
 
 
 def test_threads_may_put_rows_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FLUSH_BYTES", 2000)
+    monkeypatch.setattr(row_cache, "FLUSH_BYTES", 2000)
     with open_cache(tmp_path) as cache, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: cache.put(keys(f"{number}"), rows(number)), range(200)))
     for each in (cache, open_cache(tmp_path)):
@@ -98,7 +99,7 @@ def test_threads_may_put_rows_at_once(tmp_path, monkeypatch):
 
 
 def test_many_segments_are_merged_into_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_SEGMENTS", 4)
+    monkeypatch.setattr(row_cache, "MAX_SEGMENTS", 4)
     with open_cache(tmp_path) as cache:
         for number, name in enumerate("abcd"):
             cache.put(keys(name, "a"), rows(number, number))
@@ -117,7 +118,7 @@ def test_many_segments_are_merged_into_one(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_segments_another_one_merges_keeps_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_SEGMENTS", 1)
+    monkeypatch.setattr(row_cache, "MAX_SEGMENTS", 1)
     cache = open_cache(tmp_path)
     cache.put(keys("a"), rows(0))
     cache.flush()
@@ -130,7 +131,7 @@ def test_a_run_whose_segments_another_one_merges_keeps_its_rows(tmp_path, monkey
 
 
 def test_without_room_to_merge_the_segments_stay(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(storage, "MAX_SEGMENTS", 2)
+    monkeypatch.setattr(row_cache, "MAX_SEGMENTS", 2)
     cache = open_cache(tmp_path)
     with little_room(monkeypatch, MIN_FREE_BYTES + 2 * (64 + 8)):  # for two records
         for number, name in enumerate("abcd"):
@@ -162,37 +163,50 @@ def test_without_a_folder_rows_stay_in_memory(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_mapped_rows_are_those_on_disk(tmp_path):
-    for number, names in enumerate(("ab", "cd")):
-        with open_cache(tmp_path, mmap=True) as cache:
-            cache.put(keys(*names), rows(2 * number, 2 * number + 1))
-            assert stored(cache, *names) == [2 * number, 2 * number + 1]  # also before they are written
-    for each in (cache, open_cache(tmp_path, mmap=True)):
-        assert stored(each, *"dxbac") == [3, None, 1, 0, 2]
-        assert len(each.parts) == 2
-        assert all(isinstance(part, np.memmap) for part in each.parts)
-    assert stored(open_cache(tmp_path), *"abcd") == [0, 1, 2, 3]  # the files are the same
+def test_large_segments_are_not_merged(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_cache, "MAX_SEGMENTS", 2)
+    monkeypatch.setattr(row_cache, "SMALL_BYTES", 3 * 8)
+    for number, names in enumerate(("abc", "d", "e", "f", "ghi")):
+        fill(tmp_path, *names, first=10 * number)
+    assert sorted(len(np.load(segment)) for segment in segments(tmp_path)) == [3, 3, 3]
+    assert stored(open_cache(tmp_path), *"abcdefghi") == [0, 1, 2, 10, 20, 30, 40, 41, 42]
 
 
-def test_mapped_rows_are_not_merged(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_SEGMENTS", 2)
-    for number, name in enumerate("abcd"):
-        fill(tmp_path, name, first=number, mmap=True)
-    assert len(segments(tmp_path)) == 4
-    assert stored(open_cache(tmp_path, mmap=True), *"abcd") == [0, 1, 2, 3]
+def test_a_start_maps_rows_and_reads_none(tmp_path, monkeypatch):
+    fill(tmp_path, *"cab")
+    fill(tmp_path, *"de", first=3)
+    monkeypatch.setattr(row_cache, "_checksums", lambda _: pytest.fail("rows were read"))
+    cache = open_cache(tmp_path)
+    found, _ = cache.find(keys(*"bxeb"))
+    assert found.shape == (3, 2)
+    monkeypatch.undo()
+    assert found[:].tolist() == [[2, 20], [4, 40], [2, 20]]
+    assert found[1:].tolist() == [[4, 40], [2, 20]]
+    assert found[np.array([[2, 1], [0, 0]])].tolist() == [[[2, 20], [4, 40]], [[2, 20], [2, 20]]]
+    cache.put(keys("x"), rows(9))
+    cache.flush()
+    assert found[:1].tolist() == [[2, 20]]  # as they were when they were found
 
 
-def test_mapped_rows_without_a_folder_are_not_kept():
-    with open_cache(None, mmap=True) as cache:
+def test_many_rows_are_read_in_pieces(tmp_path, monkeypatch):
+    fill(tmp_path, *"abcdefg")
+    monkeypatch.setattr(row_cache, "FLUSH_BYTES", 3 * 8)
+    cache = open_cache(tmp_path)
+    cache.put(keys("h"), rows(7))
+    assert stored(cache, *"hgfedcba") == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_rows_for_the_disk_alone_are_not_kept_without_a_folder():
+    with open_cache(None, disk_only=True) as cache:
         cache.put(keys("a"), rows(1))
         assert stored(cache, "a") == [None]
-    assert cache.parts == []
+    assert cache.unwritten == []
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_on_a_full_disk_it_says_so_once_and_goes_on(tmp_path, monkeypatch, capsys, mmap):
-    fill(tmp_path, "a", mmap=mmap)
-    with little_room(monkeypatch, MIN_FREE_BYTES + 71), open_cache(tmp_path, mmap=mmap) as cache:
+@pytest.mark.parametrize("disk_only", [False, True])
+def test_on_a_full_disk_it_says_so_once_and_goes_on(tmp_path, monkeypatch, capsys, disk_only):
+    fill(tmp_path, "a", disk_only=disk_only)
+    with little_room(monkeypatch, MIN_FREE_BYTES + 71), open_cache(tmp_path, disk_only=disk_only) as cache:
         cache.put(keys("b"), rows(1))  # 72 bytes
         cache.flush()
         out = capsys.readouterr().out
@@ -200,7 +214,7 @@ def test_on_a_full_disk_it_says_so_once_and_goes_on(tmp_path, monkeypatch, capsy
         cache.put(keys("c"), rows(2))
     assert capsys.readouterr().out == ""
     # In memory, unless there is no room for them there
-    assert stored(cache, "a", "b", "c") == ([0, None, None] if mmap else [0, 1, 2])
+    assert stored(cache, "a", "b", "c") == ([0, None, None] if disk_only else [0, 1, 2])
     assert stored(open_cache(tmp_path), "a", "b", "c") == [0, None, None]
 
 

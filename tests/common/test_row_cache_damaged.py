@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import storage
+from common import row_cache
+from common.config import UserError
+from common.storage import STALE_SECONDS
 from tests.common.row_cache import fill, keys, open_cache, rows, segments, stored
 
 
@@ -35,30 +37,40 @@ def emptied(segment: Path) -> None:
     segment.write_bytes(b"")
 
 
-def save_with_checksum(segment: Path, records: np.ndarray) -> None:
+def change(segment: Path, *functions) -> None:
+    """Applies a function to each of keys, places, checksums and rows; the segment stays consistent in itself."""
+    with segment.open("rb") as stream:
+        arrays = [function(np.load(stream)) for function in functions]
     segment.unlink()
-    checksum = zlib.crc32(np.ascontiguousarray(records).tobytes())
-    np.save(segment.with_name(f"{checksum:08x}-00000000.npy"), records)
+    checksum = zlib.crc32(b"".join(array.tobytes() for array in arrays[:3]))
+    with segment.with_name(f"{checksum:08x}-00000000.npy").open("wb") as stream:
+        for array in arrays:
+            np.save(stream, array)
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    return array
 
 
 def of_another_shape(segment: Path) -> None:
-    records = np.load(segment)
-    wider = np.zeros(2, [("sha256", "S64"), ("row", np.float32, 3)])
-    wider["sha256"] = records["sha256"]
-    save_with_checksum(segment, wider)
+    change(segment, same, same, same, lambda rows: np.ones((len(rows), 3), np.float32))
 
 
 def of_another_type(segment: Path) -> None:
-    records = np.load(segment)
-    save_with_checksum(segment, records.astype([("sha256", "S64"), ("row", np.int32, 2)]))
+    change(segment, same, same, same, lambda rows: rows.astype(np.int32))
 
 
-def of_two_dimensions(segment: Path) -> None:
-    save_with_checksum(segment, np.load(segment)[None])
+def of_keys_in_two_dimensions(segment: Path) -> None:
+    change(segment, lambda keys: keys[None], same, same, same)
+
+
+def of_fewer_rows(segment: Path) -> None:
+    change(segment, same, same, same, lambda rows: rows[:1])
 
 
 def plain_numbers(segment: Path) -> None:
-    save_with_checksum(segment, np.ones((2, 2), np.float32))
+    segment.write_bytes(b"")
+    np.save(segment, np.ones((2, 2), np.float32))
 
 
 def an_archive(segment: Path) -> None:
@@ -75,33 +87,40 @@ def pickled(segment: Path) -> None:
     np.save(segment, np.array([{}, 1], object), allow_pickle=True)
 
 
-SPOIL = [
-    *(damaged, with_a_damaged_header, truncated, not_an_array, emptied, of_another_shape, of_another_type),
-    *(of_two_dimensions, plain_numbers, an_archive, a_broken_archive, pickled),
-]
-
-
 @pytest.mark.parametrize(
-    ("spoil", "mmap"),
-    # Mapped rows are not checksummed: that would mean to read them all
-    [(spoil, False) for spoil in SPOIL] + [(spoil, True) for spoil in SPOIL if spoil is not damaged],
+    "spoil",
+    [
+        *(damaged, with_a_damaged_header, truncated, not_an_array, emptied, of_another_shape, of_another_type),
+        *(of_keys_in_two_dimensions, of_fewer_rows, plain_numbers, an_archive, a_broken_archive, pickled),
+    ],
 )
-def test_a_damaged_or_foreign_segment_is_ignored(tmp_path, spoil, mmap):
+@pytest.mark.parametrize("disk_only", [False, True])
+def test_a_damaged_or_foreign_segment_is_ignored(tmp_path, spoil, disk_only):
     spoil(fill(tmp_path, "a", "b"))
     fill(tmp_path, "c", first=2)
-    with open_cache(tmp_path, mmap=mmap) as cache:
+    with open_cache(tmp_path, disk_only=disk_only) as cache:
         assert stored(cache, "a", "b", "c") == [None, None, 2]
         cache.put(keys("a", "b"), rows(0, 1))
-    assert stored(open_cache(tmp_path, mmap=mmap), "a", "b", "c") == [0, 1, 2]
+    assert stored(open_cache(tmp_path, disk_only=disk_only), "a", "b", "c") == [0, 1, 2]
 
 
-@pytest.mark.parametrize("spoil", [damaged, with_a_damaged_header, of_another_type])
+def test_a_damaged_row_is_an_error_when_it_is_asked_for_and_removed(tmp_path):
+    segment = fill(tmp_path, "a", "b")
+    damaged(segment)
+    found, _ = open_cache(tmp_path).find(keys("a", "b"))
+    assert found[np.array([0])].tolist() == [[0, 0]]
+    with pytest.raises(UserError, match=f"{segment} is damaged and was removed: run again"):
+        found[np.array([1])]
+    assert segments(tmp_path) == []
+
+
+@pytest.mark.parametrize("spoil", [with_a_damaged_header, of_another_type])
 def test_a_damaged_segment_is_removed_when_it_is_old(tmp_path, spoil):
     spoil(fill(tmp_path, "a", "b"))
     (segment,) = segments(tmp_path)
     open_cache(tmp_path)
     assert segments(tmp_path) == [segment]  # perhaps not written completely yet
-    long_ago = time.time() - storage.STALE_SECONDS - 10
+    long_ago = time.time() - STALE_SECONDS - 10
     os.utime(segment, (long_ago, long_ago))
     open_cache(tmp_path)
     assert segments(tmp_path) == []
@@ -111,7 +130,7 @@ def test_an_old_segment_that_cannot_be_read_for_the_moment_stays(tmp_path, monke
     segment = fill(tmp_path, "a")
     os.utime(segment, (0, 0))
     with monkeypatch.context() as patched:
-        patched.setattr(np.lib.format, "read_array", lambda _: (_ for _ in ()).throw(MemoryError))
+        patched.setattr(row_cache.mmap, "mmap", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
         assert stored(open_cache(tmp_path), "a") == [None]
     assert stored(open_cache(tmp_path), "a") == [0]
 
@@ -123,7 +142,7 @@ def test_a_segment_under_a_name_of_other_content_is_ignored(tmp_path):
 
 
 def test_a_merge_leaves_damaged_segments_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_SEGMENTS", 2)
+    monkeypatch.setattr(row_cache, "MAX_SEGMENTS", 3)
     damaged(fill(tmp_path, "a", "b"))
     fill(tmp_path, "c", first=2)
     fill(tmp_path, "d", first=3)

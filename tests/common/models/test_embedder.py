@@ -120,6 +120,18 @@ def test_without_a_cache_embeddings_are_kept_for_the_run(photos, new_embedder, m
     assert np.array_equal(embedder.embed_photos(photos), first)
 
 
+def test_a_damaged_embedding_is_computed_again(photos, new_embedder, tmp_path):
+    expected = new_embedder(cache=tmp_path).embed_photos(photos)
+    (segment,) = [path for path in tmp_path.rglob("*.npy") if path.stat().st_size > 10_000]
+    data = bytearray(segment.read_bytes())
+    data[-1] ^= 1
+    segment.write_bytes(data)
+    embedder = new_embedder(cache=tmp_path)
+    assert not embedder.lacks(photos.sha256).any()  # nobody has looked at it
+    assert embedder.embed_photos(photos) == pytest.approx(expected, abs=1e-6)
+    assert np.array_equal(new_embedder(cache=tmp_path).open_photos(photos)[:], embedder.embed_photos(photos))
+
+
 def test_several_processes_embed_a_part_each(photos, new_embedder, tmp_path, monkeypatch):
     """The second of two starts first, and does not wait for the other."""
     expected = new_embedder().embed_photos(photos)

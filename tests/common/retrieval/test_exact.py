@@ -154,6 +154,15 @@ def test_what_cannot_be_searched_is_refused():
     assert CosineKNN(np.eye(3)).search(np.empty((0, 3)), 2)[1].shape == (0, 2)
 
 
+def test_unit_vectors_are_not_copied():
+    unit = normalize(np.random.default_rng(0).normal(size=(40_000, 7)))
+    assert CosineKNN(unit).gallery is unit
+    unit[39_999] *= 1.001
+    gallery = CosineKNN(unit).gallery
+    assert gallery is not unit
+    assert np.linalg.norm(gallery[39_999]) == pytest.approx(1, abs=1e-6)
+
+
 def test_normalize():
     unit = normalize(np.array([[3, 4], [0, 0]]))
     assert unit == pytest.approx(np.array([[0.6, 0.8], [0, 0]]))

@@ -3,9 +3,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from common.retrieval import graph
+from common.retrieval.approximate import unique_ids
 from common.retrieval.exact import CosineKNN, normalize
 from common.retrieval.graph import GraphKNN
+from common.row_cache import RowCache
 
 CODES = ["float32", "float16", "int8"]
 
@@ -78,6 +79,24 @@ def test_a_saved_graph_serves_a_gallery_that_has_changed(vectors, tmp_path, code
     assert len(list(tmp_path.rglob("*.graph"))) == 1
 
 
+def test_embeddings_on_disk_give_what_those_in_memory_give(vectors, tmp_path):
+    order = np.random.default_rng(2).permutation(2000)
+    with RowCache(tmp_path, "embeddings", (24,), np.float32) as cache:
+        cache.put(ids(2000)[order][:900], vectors[order][:900])
+        cache.flush()
+        cache.put(ids(2000)[order][900:], vectors[order][900:])
+    stored, _ = RowCache(tmp_path, "embeddings", (24,), np.float32).find(ids(2000))
+    queries, excluded = vectors[2000:], np.full(200, 7)
+    for index, again in (
+        (CosineKNN(vectors[:2000]), CosineKNN(stored)),
+        *((GraphKNN(vectors[:2000], ids(2000), None, c), GraphKNN(stored, ids(2000), None, c)) for c in CODES),
+    ):
+        for expected, found in zip(index.search(queries, 9, excluded), again.search(queries, 9, excluded), strict=True):
+            assert np.array_equal(expected, found)
+        (_, ranked), *_ = again.rank(queries[:3], 2000)
+        assert np.array_equal(ranked, next(index.rank(queries[:3], 2000))[1])
+
+
 def test_too_much_change_builds_a_new_graph_in_place_of_the_old_one(vectors, tmp_path):
     GraphKNN(vectors[:1000], ids(1000), tmp_path)
     (old,) = tmp_path.rglob("*.graph")
@@ -103,7 +122,7 @@ def test_byte_identical_photos_are_all_found(vectors, tmp_path):
         index = GraphKNN(gallery, sha256, tmp_path)
         assert index.search(vectors[3:4], 3)[1].tolist() == [[3, 7, 300]]
     assert not index.is_new
-    assert graph._unique_ids(sha256)[[3, 7, 300]].tolist() == [sha256[3], sha256[3] + b" 1", sha256[3] + b" 2"]
+    assert unique_ids(sha256)[[3, 7, 300]].tolist() == [sha256[3], sha256[3] + b" 1", sha256[3] + b" 2"]
 
 
 @pytest.mark.parametrize("name", ["graph.faiss", "ids.npy"])
