@@ -122,6 +122,10 @@ def table(results: dict[str, Result]) -> str:
     first = next(iter(results.values()))
     dataset, difference = first["dataset"], cost_difference(results.values())
     costs = f" Training time and speeds are not ranked: they differ in {difference}." if difference else ""
+    searched = {name: result.get("search", {}) for name, result in results.items()}
+    approximate = [f"{name} by {by['engine']}" for name, by in searched.items() if by.get("engine", "exact") != "exact"]
+    if approximate:
+        costs += f" Searched approximately, which may miss neighbours: {', '.join(approximate)}."
     lines = [
         *markdown(head, rows),
         "",

@@ -48,6 +48,7 @@ class Config(EngineConfig):
     photos: tuple[str, ...] = ()  # query photos: files, folders of photos, http(s) addresses
     approach: str = "auto"  # whose network compares them; "auto": siamese, if it has been trained, or else another one
     k: Annotated[int, Range(1, 1e9)] = 5  # neighbours of each photo
+    only: str = ""  # the class to search; empty: all
     index: str = ""  # a folder of your own photos to search; empty: the gallery that the approach was trained on
     results: str = "results"  # the folder with the approach's checkpoint; the picture goes there
     cache: str = "data/.cache"  # a folder that keeps embeddings for the next search, or "none"
@@ -140,7 +141,8 @@ def main(config: Config) -> None:
     if world().size > 1:
         embed_part(approach, import_module, results, config.index, cache, config.device, pretrained)
         return
-    engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config)
+    only = config.only or None
+    engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config, only)
     rows: list[list[Tile]] = []
     num_failed = 0
     for name, data in read_queries(config.photos):

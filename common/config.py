@@ -40,9 +40,13 @@ class Range(NamedTuple):
 class EngineConfig:
     """How neighbours are searched for."""
 
-    engine: Literal["exact", "hnsw"] = "exact"  # "hnsw": a graph, faster on large galleries, misses some neighbours
-    graph_code: Literal["float32", "float16", "int8"] = "float32"  # embeddings in the graph; smaller ones miss more
-    graph_depth: Annotated[int, Range(1, 100_000)] = 64  # candidates that a search of the graph keeps; more miss less
+    engine: Literal["exact", "hnsw", "milvus"] = (
+        "exact"  # "hnsw": a graph, faster on large galleries, misses some neighbours; "milvus": a vector database
+    )
+    graph_code: Literal["float32", "float16", "int8"] = "float32"  # embeddings in hnsw's graph; smaller ones miss more
+    graph_depth: Annotated[int, Range(1, 32_768)] = 64  # candidates that a search of a graph keeps; more miss less
+    milvus: str = "data/milvus.db"  # a server's address, http://host:19530, or a file; MILVUS_TOKEN is the token
+    collection: str = ""  # in Milvus; empty: named after the network and the folder of the photos
 
 
 @dataclass

@@ -82,6 +82,14 @@ def test_speeds_of_different_machines_are_not_ranked(results):
     assert "Training time and speeds are not ranked: they differ in commit, device." in table(results)
 
 
+def test_an_approximate_search_is_said(results):
+    results["siamese"]["config"]["engine"] = "hnsw"
+    results["siamese"]["search"] = {"engine": "hnsw", "recall@10": 0.96}
+    said = table(results)
+    assert "they differ in engine. Searched approximately, which may miss neighbours: siamese by hnsw." in said
+    assert rows_of(results)[1][8:] == ["20.0", "1,500", "4.0", "**256**"]
+
+
 def test_synthetic_images_and_untrained_weights_are_marked(results):
     results["siamese"]["dataset"]["synthetic"] = True
     results["siamese"]["model"]["weights"] = "none (untrained)"

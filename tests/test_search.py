@@ -108,3 +108,17 @@ def test_processes_that_know_nothing_of_each_other_embed_a_part_each(
     ended = run_script("search.py", *index)
     assert ended.returncode == 2
     assert "RANK is 3 and WORLD_SIZE 3: give whole numbers, RANK from 0 to WORLD_SIZE - 1" in ended.stderr
+
+
+def test_a_vector_database_searches_one_class(run_script, trained, synthetic_photos, tmp_path):
+    shutil.copytree(trained, tmp_path / "results", ignore=shutil.ignore_patterns("*.json", "*.png"))
+    photo = str(sorted(synthetic_photos.rglob("*.jpg"))[0])
+    for engine in (("--engine", "milvus", "--milvus", "new/photos.db"), ()):
+        ended = run_script("search.py", photo, "--approach", "siamese", "--only", "dog", *engine)
+        assert ended.returncode == 0, ended.stderr
+        found = [line.split(maxsplit=2) for line in ended.stdout.splitlines() if line[:4].strip().isdecimal()]
+        assert all(name.startswith("dog ") for _, _, name in found)
+        if engine:
+            expected = found
+            assert "photos at new/photos.db: recall@10 " in ended.stdout
+    assert found == expected

@@ -46,9 +46,10 @@ class Embedder:
         batch_size: int = 0,  # photos; 0: CPU_BATCH or GPU_BATCH
         cache: Path | None = None,  # a folder that keeps embeddings for the next run
         decoded: DecodedPhotos | None = None,  # takes pixels from there where it has them
+        approach: str = "",  # whose network it is
     ) -> None:
         on_cpu = device.type == "cpu"
-        self.preprocessing, self.device = preprocessing, device
+        self.preprocessing, self.device, self.approach = preprocessing, device, approach
         self.batch_size = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
         self.chunksize = max(self.batch_size, DecodedPhotos.chunksize)
         self.precision = choose_precision(device)
@@ -60,8 +61,9 @@ class Embedder:
         self.dim = len(probe)
         self.decoded = decoded or DecodedPhotos(preprocessing, None)
         versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-        seen = f"{preprocessing}, {preprocessing.pixels}"
-        key = f"embeddings, {network_digest(network)}, {seen}, {self.precision} on {device.type}, {versions}"
+        seen = f"{network_digest(network)}, {preprocessing}, {preprocessing.pixels}"
+        self.digest = hashlib.sha256(seen.encode()).hexdigest()  # of all that a user chooses about embeddings
+        key = f"embeddings, {seen}, {self.precision} on {device.type}, {versions}"
         self.rows = self._open_cache(cache, key, probe)
 
     def _open_cache(self, folder: Path | None, key: str, probe: np.ndarray) -> RowCache:

@@ -15,7 +15,7 @@ from common.retrieval.metrics import bootstrap_means
 
 Result = dict[str, Any]
 # Hyperparameters that don't decide about the metrics: runs that differ in others are not repetitions of each other.
-INCIDENTAL_FIELDS = {"seed", "results", "cache", "resume", "device", "embed_batch_size", "also"}
+INCIDENTAL_FIELDS = {"seed", "results", "cache", "resume", "device", "embed_batch_size", "also", "milvus", "collection"}
 COST_FIELDS = ("commit", "cpu", "device", "threads", "precision")  # of the environment, which speeds depend on
 PARTS = {  # of a result file, that a comparison reads
     "approach": (),
@@ -164,7 +164,5 @@ def shared_test_sets(results: Iterable[Result]) -> list[str]:
 
 def cost_difference(results: Iterable[Result]) -> str:
     """What keeps the costs of results from being compared, such as "commit": "" if nothing does."""
-    environments = [result["environment"] for result in results]
-    return ", ".join(
-        field for field in COST_FIELDS if len({str(environment[field]) for environment in environments}) > 1
-    )
+    conditions = [{**result["environment"], "engine": result["config"].get("engine", "exact")} for result in results]
+    return ", ".join(field for field in (*COST_FIELDS, "engine") if len({str(each[field]) for each in conditions}) > 1)

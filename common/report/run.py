@@ -197,7 +197,7 @@ class Run(Generic[ConfigT]):
     def embedder(self, network: torch.nn.Module, decoded: DecodedPhotos) -> Embedder:
         """`network` on this run's device, with its cache; it takes pixels from `decoded`."""
         batch_size = self.config.embed_batch_size
-        return Embedder(network, decoded.preprocessing, self.device, batch_size, self.cache, decoded)
+        return Embedder(network, decoded.preprocessing, self.device, batch_size, self.cache, decoded, self.approach)
 
     def evaluate(self, embedder: Embedder, split: Split) -> Evaluation:
         """By the protocol that all approaches share. Of several processes the first one scores; the others end here."""

@@ -25,7 +25,7 @@ from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval.approximate import RECALL_QUERIES, ApproximateKNN
 from common.retrieval.exact import CosineKNN
-from common.retrieval.index import EXACT, build_index, describe_quality
+from common.retrieval.index import EXACT, build_index, describe_quality, photos_of_class
 
 T = TypeVar("T")
 PREFERRED = ("siamese", "triplet", "autoencoder", "cnn_feature_extraction")  # the order in which approaches are listed
@@ -139,7 +139,7 @@ def load_available(results: Path, load: Callable[[str], T], needs_gallery: bool 
 def load_pretrained(backbone: str, weights: str, cache: Path | None, device: str) -> Embedder:
     """A pre-trained network as it is, for whole photos; arguments are those of `load_backbone`."""
     loaded = load_backbone(backbone, weights, pooling=PRETRAINED_POOLING, whole_photo=True)
-    return Embedder(loaded.network, loaded.preprocessing, choose_device(device), cache=cache)
+    return Embedder(loaded.network, loaded.preprocessing, choose_device(device), cache=cache, approach=PRETRAINED)
 
 
 def load_embedder(
@@ -168,7 +168,7 @@ def load_embedder(
         raise UserError(f"{path} does not fit {approach}.py as it is now: train again") from error
     if missing := {"labelled", "seed", "split"} - checkpoint.config.keys():
         raise UserError(f"{path} does not say {', '.join(sorted(missing))}: train again")
-    return Embedder(network, preprocessing, choose_device(device), cache=cache), checkpoint
+    return Embedder(network, preprocessing, choose_device(device), cache=cache, approach=approach), checkpoint
 
 
 def load_engine(
@@ -180,21 +180,24 @@ def load_engine(
     device: str,
     pretrained: tuple[str, str] = ("resnet18", "DEFAULT"),
     config: EngineConfig = EXACT,
+    only: str | None = None,
 ) -> SearchEngine:
     """The approach's network with the gallery it was trained on, or with the photos in the folder `index`.
 
     Photos that the cache doesn't know are embedded, with a progress bar. `pretrained`: backbone and weights of the
-    approach `PRETRAINED`. `config`: how to search. See `load_embedder`. Raises `UserError`.
+    approach `PRETRAINED`. `config`: how to search. `only`: the class to search, None: all. See `load_embedder`. Raises
+    `UserError`.
     """
     embedder, checkpoint, folder = _open_network(approach, import_script, results, index, cache, device, pretrained)
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
     if checkpoint and not index:
         gallery = _run_gallery(gallery, checkpoint, cache)
-    knn = build_index(gallery, embedder, config)
-    if isinstance(knn, ApproximateKNN) and knn.is_new and len(gallery) > 1:
-        own = np.linspace(0, len(gallery) - 1, min(RECALL_QUERIES, len(gallery))).astype(int)
+    chosen = photos_of_class(gallery, only)
+    knn = build_index(gallery, embedder, config, only)
+    if isinstance(knn, ApproximateKNN) and knn.is_new and len(chosen) > 1:
+        own = np.linspace(0, len(chosen) - 1, min(RECALL_QUERIES, len(chosen))).astype(int)
         describe_quality(knn, knn.gallery[own], own, config)
-    return SearchEngine(approach, embedder, gallery, knn)
+    return SearchEngine(approach, embedder, chosen, knn)
 
 
 def embed_part(

@@ -4,30 +4,51 @@ from typing import Any
 
 import numpy as np
 
-from common.config import EngineConfig
-from common.data.photos import Photos
+from common.config import EngineConfig, UserError
+from common.data.photos import Photos, hash_content
 from common.extras import require
 from common.models.embedder import Embedder
 from common.retrieval.approximate import MIN_RECALL, RECALL_K, ApproximateKNN
 from common.retrieval.exact import CosineKNN
 from common.retrieval.graph import GraphKNN
+from common.retrieval.milvus import MilvusKNN, connect
 
 EXACT = EngineConfig()
 RECALL = f"recall@{RECALL_K}"  # of an engine, against the exact search
 
 
 def require_engine(config: EngineConfig) -> None:
-    """Raises `UserError` where the engine's package is missing."""
+    """Raises `UserError` where the engine's package is missing or its server does not answer."""
     if config.engine == "hnsw":
         require("faiss")
+    if config.engine == "milvus":
+        connect(config).close()
 
 
-def build_index(photos: Photos, embedder: Embedder, config: EngineConfig) -> CosineKNN:
-    """The index of `photos`, embedded where they are not; raises `UserError` where a package is missing."""
+def build_index(photos: Photos, embedder: Embedder, config: EngineConfig, only: str | None = None) -> CosineKNN:
+    """The index of `photos`, embedded where they are not, or of those of the class `only`.
+
+    Raises `UserError` where a package is missing or a server does not answer.
+    """
+    chosen = photos_of_class(photos, only)
     if config.engine == "exact":
-        return CosineKNN(embedder.embed_photos(photos))
-    embeddings, kept = embedder.open_photos(photos), embedder.rows.folder
-    return GraphKNN(embeddings, photos.sha256, kept and kept / "graphs", config.graph_code, config.graph_depth)
+        return CosineKNN(embedder.embed_photos(chosen))
+    if config.engine == "milvus":
+        return MilvusKNN(photos, embedder, config, only)
+    kept, name = embedder.rows.folder, "graphs"
+    if only is not None:
+        name += "-" + hash_content(only.encode(errors="surrogateescape")).decode()[:16]
+    embeddings, folder = embedder.open_photos(chosen), kept and kept / name
+    return GraphKNN(embeddings, chosen.sha256, folder, config.graph_code, config.graph_depth)
+
+
+def photos_of_class(photos: Photos, only: str | None) -> Photos:
+    """The photos of that class, all for None; raises `UserError` where there is no such class."""
+    if only is None:
+        return photos
+    if only not in photos.classes:
+        raise UserError(f"{photos.folder} has no photos of a class {only}: name one of {', '.join(photos.classes)}")
+    return photos.subset(np.flatnonzero(photos.labels == photos.classes.index(only)))
 
 
 def describe_quality(

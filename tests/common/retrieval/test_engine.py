@@ -3,7 +3,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import EngineConfig, UserError
+from common.config import UserError
 from common.data.decode import UnreadablePhotoError
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
@@ -45,24 +44,6 @@ def to_png(image):
 
 
 # Search
-
-
-def test_a_graph_finds_the_same_and_is_kept_beside_the_embeddings(trained, synthetic_photos, tmp_path, capsys):
-    photo = next(synthetic_photos.rglob("*.jpg")).read_bytes()
-    expected = load("siamese", trained).search(photo, 5)
-    for _ in range(2):
-        config = EngineConfig("hnsw", "int8")
-        found = load_engine("siamese", import_module, trained, "", tmp_path, "cpu", config=config).search(photo, 5)
-        assert found.indices == expected.indices
-        assert found.similarities == pytest.approx(expected.similarities, abs=1e-6)
-    assert len(list(tmp_path.rglob("graph.faiss"))) == 1
-    assert capsys.readouterr().out.count("graph of 108 photos: recall@10 1.000") == 1  # measured when it is built
-
-
-def test_without_faiss_it_says_what_to_install(trained, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"faiss is missing: pip install -r requirements-extra\.txt"):
-        load_engine("siamese", import_module, trained, "", None, "cpu", config=EngineConfig("hnsw"))
 
 
 @pytest.mark.parametrize("approach", TRAINED)
