@@ -1,12 +1,15 @@
 """What does a faster engine miss?  python -m benchmarks.engines --data FOLDER --weights FILE
 
-Recall of the ten nearest neighbours against queries/s: the graph (HNSW) with embeddings of 32, 16 and 8 bits at growing
-depth, and the exact search, one query at a time and many at once, interleaved in one run. A ratio such as
-`one_int8_depth64` says how many times as fast as the exact search the graph is. A gallery larger than the number of
-photos is filled with embeddings with a little noise.
+Recall of the ten nearest neighbours against queries/s: the graph (HNSW) with embeddings of 32, 16 or 8 bits, Milvus
+at growing depth, and the exact search, one query at a time and many at once, interleaved in one run. A ratio like
+`one_int8_depth64` says how many times as fast as the exact search an engine is. A gallery larger than the number of
+photos is filled with embeddings with a little noise. Files for Milvus Lite and addresses of servers are named behind:
+
+    python -m benchmarks.engines --size 100000 /tmp/benchmark.db http://localhost:19530
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,15 +18,24 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from common.config import Range, UserError, run_script
+from common.config import EngineConfig, Range, UserError, run_script
+from common.data.photos import Photos
 from common.device import choose_product_precision
 from common.report.plots import load_pyplot
-from common.retrieval.approximate import RECALL_K
+from common.retrieval.approximate import RECALL_K, ApproximateKNN
 from common.retrieval.exact import CosineKNN
 from common.retrieval.graph import GraphKNN
+from common.retrieval.milvus import SCHEMES, MilvusKNN
 
-CODES = {"float32": "#1f6feb", "float16": "#2f9e44", "int8": "#d9480f"}  # with their colors in the picture
-DEPTHS = (16, 32, 64, 128, 256)
+ENGINES = {  # with their colors in the picture
+    "float32": "#1f6feb",
+    "float16": "#2f9e44",
+    "int8": "#d9480f",
+    "milvus_lite": "#9c36b5",
+    "milvus_server": "#c2255c",
+}
+CODES = ("float32", "float16", "int8")
+COLLECTION = "benchmark_engines"
 NUM_SINGLE = 50  # queries searched one at a time in a round
 WAYS = {"one": "one query at a time", "batch": "many queries at once"}
 
@@ -33,8 +45,10 @@ class Config(measure.SearchConfig):
     """What is measured. Edit it here, or override one field: --repeats 5"""
 
     size: Annotated[int, Range(200, 1e8)] = 1_000_000  # of the gallery, photos
+    depths: str = "16 32 64 128 256"  # candidates that a search keeps
     queries: Annotated[int, Range(1, 1e6)] = 2000  # at once
     repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
+    milvus: tuple[str, ...] = ()  # files for Milvus Lite and addresses of servers, to be measured too
 
 
 def contenders_of(index: CosineKNN, queries: np.ndarray) -> dict[str, measure.Contender]:
@@ -56,10 +70,10 @@ def contenders_of(index: CosineKNN, queries: np.ndarray) -> dict[str, measure.Co
 
 
 def compare(
-    exact: CosineKNN, graph: GraphKNN, queries: np.ndarray, repeats: int, label: str
+    exact: CosineKNN, index: ApproximateKNN, queries: np.ndarray, repeats: int, label: str
 ) -> tuple[dict[str, list[float]], dict[str, measure.Ratio]]:
-    """Seconds per query of both, interleaved, and how many times as fast the graph is."""
-    both = {"exact": contenders_of(exact, queries), "ours": contenders_of(graph, queries)}
+    """Seconds per query of both, interleaved, and how many times as fast `index` is."""
+    both = {"exact": contenders_of(exact, queries), "ours": contenders_of(index, queries)}
     contenders = {f"{side} {way}": search for side, searches in both.items() for way, search in searches.items()}
     seconds = measure.interleaved(contenders, repeats, label)
     ratios = {}
@@ -69,31 +83,57 @@ def compare(
     return seconds, ratios
 
 
+def build(gallery: np.ndarray, addresses: tuple[str, ...]) -> Iterator[tuple[str, ApproximateKNN]]:
+    """Each engine with its name, one after the other; what it has stored is removed after its turn."""
+    ids = np.array([f"{number:064d}" for number in range(len(gallery))], "S64")
+    for code in CODES:
+        yield code, GraphKNN(gallery, ids, None, code)
+    photos = Photos(Path(), "benchmark", [""] * len(ids), np.zeros(len(ids), np.int64), [""], ids)
+    for address in addresses:
+        config = EngineConfig("milvus", milvus=address, collection=COLLECTION)
+        database = MilvusKNN(photos, StoredEmbedder(gallery), config)
+        yield "milvus_server" if address.startswith(SCHEMES) else "milvus_lite", database
+        database.client.drop_collection(COLLECTION)
+
+
+class StoredEmbedder:
+    """Stands in for the `Embedder` of embeddings that there are already."""
+
+    approach, digest = "benchmark", "engines"
+
+    def __init__(self, embeddings: np.ndarray) -> None:
+        self.embeddings, self.dim = embeddings, embeddings.shape[1]
+
+    def open_photos(self, _: Photos) -> np.ndarray:
+        """float32 [N, D]."""
+        return self.embeddings
+
+
 def main(config: Config) -> None:
-    """Measures every code at every depth; writes `benchmark_engines.json`."""
+    """Measures every engine at every depth; writes `benchmark_engines.json`."""
+    depths = measure.whole_numbers("depths", config.depths, 1)
     real, queries, name = measure.real_embeddings(config, config.queries)
     gallery = measure.gallery_of(config.size, real)
     if len(gallery) < RECALL_K:
         raise UserError(f"{config.data} holds too few photos: a benchmark of engines needs {RECALL_K} or more")
-    numbers = np.array([f"{number:064d}" for number in range(len(gallery))], "S64")
     exact = CosineKNN(gallery)
-    graphs, curves, ratios = {}, {}, {}
-    for code in CODES:
-        started = time.perf_counter()
-        graph = GraphKNN(gallery, numbers, None, code)
-        graphs[code] = {"build_seconds": time.perf_counter() - started, "bytes_per_photo": graph.bytes_per_photo}
-        for graph.depth in DEPTHS:
-            label = f"{code}_depth{graph.depth}"
-            seconds, found = compare(exact, graph, queries, config.repeats, label)
-            curves[label] = {"recall@10": graph.measure_recall(queries), "seconds_per_query": seconds}
+    engines, curves, ratios = {}, {}, {}
+    started = time.perf_counter()
+    for label, index in build(gallery, config.milvus):
+        engines[label] = {"build_seconds": time.perf_counter() - started, "bytes_per_photo": index.bytes_per_photo}
+        for index.depth in depths:
+            at_depth = f"{label}_depth{index.depth}"
+            seconds, found = compare(exact, index, queries, config.repeats, at_depth)
+            curves[at_depth] = {"recall@10": index.measure_recall(queries), "seconds_per_query": seconds}
             ratios |= found
-            print(f"{label}: recall@{RECALL_K} {curves[label]['recall@10']:.3f}")
+            print(f"{at_depth}: recall@{RECALL_K} {curves[at_depth]['recall@10']:.3f}")
+        started = time.perf_counter()
     measure.write(
         "engines",
         config,
         {"name": name, "real_embeddings": len(real), "gallery": len(gallery), "dimension": real.shape[1]},
         ratios,
-        {"graphs": graphs, "curves": curves},
+        {"engines": engines, "curves": curves},
         torch.device("cpu"),
         choose_product_precision(),
         lambda file: draw(file, curves, len(gallery)),
@@ -101,15 +141,16 @@ def main(config: Config) -> None:
 
 
 def draw(path: Path, curves: dict[str, dict], size: int) -> None:
-    """Queries/s over recall, a panel for each of `WAYS`, a line for each code, and the exact search at recall 1."""
+    """Queries/s over recall, a panel for each of `WAYS`, a line for each engine, and the exact search at recall 1."""
     pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     figure.suptitle(f"benchmark: engines, {size:,} photos", x=0.01, ha="left")
     for axes, (way, title) in zip(panels, WAYS.items(), strict=True):
-        for code, color in CODES.items():
-            points = [curves[f"{code}_depth{depth}"] for depth in DEPTHS]
+        for engine in dict.fromkeys(label.rpartition("_depth")[0] for label in curves):
+            points = [point for label, point in curves.items() if label.rpartition("_depth")[0] == engine]
+            name = f"graph, {engine}" if engine in CODES else engine.replace("_", " ")
             rates = [1 / float(np.median(point["seconds_per_query"][f"ours {way}"])) for point in points]
-            axes.plot([point["recall@10"] for point in points], rates, "o-", color=color, label=f"graph, {code}")
+            axes.plot([point["recall@10"] for point in points], rates, "o-", color=ENGINES[engine], label=name)
         exact = [second for point in curves.values() for second in point["seconds_per_query"][f"exact {way}"]]
         axes.plot(1, 1 / float(np.median(exact)), "s", color="#22262b", label="exact")
         axes.set_yscale("log")

@@ -51,7 +51,7 @@ def contenders_of(gallery: np.ndarray, queries: np.ndarray, k: int) -> dict[str,
 
 def main(config: Config) -> None:
     """Measures all sizes; writes `benchmark_exact_search.json`."""
-    sizes = measure.gallery_sizes(config.sizes)
+    sizes = measure.whole_numbers("sizes", config.sizes, 200)
     real, queries, name = measure.real_embeddings(config, config.queries)
     ratios, seconds, agreement = {}, {}, {}
     for size in sizes:

@@ -48,14 +48,14 @@ class SearchConfig:
     cache: str = "data/.cache"  # a folder that keeps the embeddings for the next run, or "none"
 
 
-def gallery_sizes(text: str) -> list[int]:
-    """The sizes of galleries in a text such as "1000 20000", ascending; raises `UserError`."""
+def whole_numbers(name: str, text: str, lowest: int) -> list[int]:
+    """The numbers in a text such as "1000 20000", ascending; raises `UserError` with the option's `name`."""
     try:
         numbers = sorted({int(word) for word in text.replace(",", " ").split()})
     except ValueError as error:
-        raise UserError(f"sizes is {text!r}: give whole numbers with spaces between") from error
-    if not numbers or numbers[0] < 200:
-        raise UserError(f"sizes is {text!r}: give galleries of 200 photos or more")
+        raise UserError(f"{name} is {text!r}: give whole numbers with spaces between") from error
+    if not numbers or numbers[0] < lowest:
+        raise UserError(f"{name} is {text!r}: give numbers of {lowest} or more")
     return numbers
 
 

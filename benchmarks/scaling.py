@@ -64,7 +64,7 @@ def _status(field: str) -> int:
 
 def main(config: Config) -> None:
     """Measures all sizes; writes `benchmark_scaling.json`."""
-    sizes_given = measure.gallery_sizes(config.sizes)
+    sizes_given = measure.whole_numbers("sizes", config.sizes, 200)
     if config.k > sizes_given[0]:
         raise UserError(f"k is {config.k}: the smallest gallery has {sizes_given[0]} photos")
     real, queries, name = measure.real_embeddings(config, config.queries)

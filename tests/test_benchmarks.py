@@ -27,12 +27,12 @@ CASES = {  # name: (arguments, ratios)
         },
     ),
     "engines": (
-        ("--weights", "none", "--size", "200"),
+        ("--weights", "none", "--size", "200", "--depths", "16 256", "photos.db"),
         {
-            f"{way}_{code}_depth{depth}"
+            f"{way}_{engine}_depth{depth}"
             for way in ("one", "batch")
-            for code in ("float32", "float16", "int8")
-            for depth in (16, 32, 64, 128, 256)
+            for engine in ("float32", "float16", "int8", "milvus_lite")
+            for depth in (16, 256)
         },
     ),
     "exact_search": (

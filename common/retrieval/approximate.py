@@ -19,6 +19,7 @@ MIN_RECALL = 0.95  # a lower recall@10 is announced
 class ApproximateKNN(CosineKNN, abc.ABC):
     """What engines share; `rank`, which none of them can speed up, stays exact."""
 
+    depth: int  # candidates that a search keeps, at least
     is_new = False  # whether the engine has taken in the gallery for the first time
     bytes_per_photo: float | None = None  # in this process's memory, without the embeddings; None: kept elsewhere
 

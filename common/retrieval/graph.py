@@ -26,7 +26,6 @@ from common.storage import atomic_write
 LINKS = 16  # of a photo with others on each level, M in the paper; twice as many on the lowest
 CONSTRUCTION_DEPTH = 100  # candidates for the links of a new photo, efConstruction in the paper
 DEPTH = 64  # candidates that a search keeps, at least, ef in the paper
-OVERSAMPLING = {"float32": 1, "float16": 1, "int8": 3}  # by code: candidates rescored for each neighbour
 MAX_CHANGE = 0.1  # of the photos that are gone or new, as a fraction of the gallery: beyond it a new graph is built
 ADDED_AT_A_TIME = 4096  # photos, between two steps of the progress bar
 TRAINING_SIZE = 65_536  # photos from which the ranges of 8-bit codes are taken
@@ -78,7 +77,8 @@ class GraphKNN(ApproximateKNN):
 
     def _propose(self, queries: np.ndarray, k: int) -> np.ndarray:
         """See `ApproximateKNN`."""
-        wanted = min(k * OVERSAMPLING[self.code], self.graph.ntotal)
+        # Codes of 8 bits confuse near neighbours: all that the search keeps are compared exactly.
+        wanted = min(max(k, self.depth) if self.code == "int8" else k, self.graph.ntotal)
         # Set with the mask: a parameter object that is made for one resets efSearch to 16.
         parameters = self.faiss.SearchParametersHNSW(efSearch=max(self.depth, wanted))
         if self.mask is not None:
