@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import faiss
 import pytest
 
 # Several workers run tests at the same time; and on a busy machine, threads that wait for each other in every operation
@@ -37,6 +38,14 @@ def embedder() -> Embedder:
     torch.manual_seed(0)
     backbone = load_backbone("squeezenet1_1", "none", image_size=64)
     return Embedder(backbone.network, backbone.preprocessing, torch.device("cpu"), batch_size=16)
+
+
+@pytest.fixture
+def plain_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """faiss as Milvus Lite needs it, without `faiss.contrib.torch_utils`, which another test may have imported."""
+    for each in vars(faiss).values():
+        if isinstance(each, type) and "search_numpy" in vars(each):
+            monkeypatch.setattr(each, "search", each.search_numpy)
 
 
 @pytest.fixture

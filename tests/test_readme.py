@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 from torchvision import models
 
 from common.config import parse_config
@@ -147,7 +148,7 @@ def test_files_and_flags_that_are_named_exist(capsys):
     for script in ("cnn_feature_extraction", "autoencoder", "siamese", "triplet", "compare", "search", "app"):
         with pytest.raises(SystemExit):
             parse_config(import_module(script).Config, "", ["--help"])
-    told = capsys.readouterr().out
+    told = capsys.readouterr().out + get_args_parser().format_help()
     flags = set(re.findall(r"--[a-z][a-z-]+", README))
     assert len(flags) > 8
     assert all(flag in told for flag in flags)

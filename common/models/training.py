@@ -189,13 +189,13 @@ def train(
 
 def _step_size(config: TrainingConfig, num_photos: int) -> int:
     """Photos in a step of all processes; raises `UserError` where these aren't connected or parts would differ."""
-    if config.epochs:
-        require_connection()
     size, batch_size = world().size, config.batch_size
     if batch_size % size:
         raise UserError(f"batch_size is {batch_size}: give a multiple of the number of processes, {size}")
     if num_photos < size:
         raise UserError(f"there are {num_photos} photos to train on: start no more processes than that")
+    if config.epochs:
+        require_connection()
     return min(batch_size, num_photos // size * size)
 
 

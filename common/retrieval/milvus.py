@@ -109,7 +109,8 @@ class MilvusKNN(ApproximateKNN):
                 f"the collection {self.collection} at {self.address} holds other embeddings than these ({reason}): "
                 "name another one with --collection"
             )
-        self.client.load_collection(self.collection)
+        if str(self.client.get_load_state(self.collection)["state"]) != "Loaded":  # perhaps with several replicas
+            self.client.load_collection(self.collection)
 
     def _create_collection(self, binding: dict[str, Any]) -> None:
         (milvus,) = require("pymilvus")
@@ -182,14 +183,14 @@ def connect(config: EngineConfig) -> Any:
         raise UserError(f"milvus is an address with a password: leave that out, and put user:password into {TOKEN}")
     if config.collection and not re.fullmatch(r"[A-Za-z_]\w{0,254}", config.collection, re.ASCII):
         raise UserError(f"collection is {config.collection}: give letters, digits and _, a letter first")
-    with milvus_errors(address):
+    with milvus_errors(address, f" (is there a server, and is {TOKEN} its token?)"):
         client = milvus.MilvusClient(address, token=os.environ.get(TOKEN, ""))
         client.list_collections()
     return client
 
 
 @contextlib.contextmanager
-def milvus_errors(address: str) -> Iterator[None]:
+def milvus_errors(address: str, hint: str = "") -> Iterator[None]:
     """Raises `UserError` instead of what pymilvus raises; the token stays out of it."""
     (milvus,) = require("pymilvus")
     try:
@@ -199,7 +200,7 @@ def milvus_errors(address: str) -> Iterator[None]:
         if token := os.environ.get(TOKEN):
             for secret in (token, *token.split(":")):
                 reason = reason.replace(secret, "***") if secret else reason
-        raise UserError(f"Milvus at {address}: {reason}; see docs/scaling.md") from error
+        raise UserError(f"Milvus at {address}: {reason}{hint}; see docs/scaling.md") from error
 
 
 def _default_name(photos: Photos, embedder: Embedder) -> str:

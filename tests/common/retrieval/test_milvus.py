@@ -23,7 +23,7 @@ ADDRESS = os.environ.get("MILVUS_ADDRESS")
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, plain_faiss):
     """Of a collection of its own."""
     name = "test_" + hash_content(str(tmp_path).encode()).decode()[:16]
     config = EngineConfig("milvus", graph_depth=200, milvus=ADDRESS or str(tmp_path / "photos.db"), collection=name)
@@ -37,16 +37,20 @@ def test_the_same_on_a_server(tmp_path):
     from milvus import MilvusServer
 
     server = MilvusServer()  # one for all tests, as two don't run on one machine
+    server.config.set("authorization_enabled", True)
     server.set_base_dir(str(tmp_path / "server"))
     server.start()
     try:
-        environment = {**os.environ, "MILVUS_ADDRESS": f"http://127.0.0.1:{server.listen_port}"}
+        address = f"http://127.0.0.1:{server.listen_port}"
+        with pytest.raises(UserError, match=f"^Milvus at {address}: .* is MILVUS_TOKEN its token"):
+            connect(EngineConfig("milvus", milvus=address))
+        environment = {**os.environ, "MILVUS_ADDRESS": address, "MILVUS_TOKEN": "root:Milvus"}
         command = [sys.executable, "-m", "pytest", "-n0", "-rs", __file__]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
         server.stop()
     assert ended.returncode == 0, ended.stdout
-    assert ended.stdout.count("SKIPPED") == 1
+    assert "[1] " in ended.stdout  # skipped: this test alone
 
 
 class StoredEmbedder:
@@ -188,7 +192,7 @@ def test_a_collection_that_something_else_made_is_refused(config, photos, embedd
         build_index(photos, embedder, config)
 
 
-def test_collections_are_named_after_network_and_folder(photos, embedder, tmp_path):
+def test_collections_are_named_after_network_and_folder(photos, embedder, tmp_path, plain_faiss):
     names = set()
     config = EngineConfig("milvus", milvus=str(tmp_path / "new" / "photos.db"))
     names.add(build_index(photos, embedder, config).collection)
