@@ -34,6 +34,7 @@ from common.retrieval.engine import (
     load_embedder,
     load_engine,
     load_pretrained,
+    open_network,
     read_queries,
 )
 from common.storage import atomic_write, cache_folder
@@ -139,7 +140,10 @@ def main(config: Config) -> None:
         return
     pretrained = config.backbone, config.weights
     if world().size > 1:
-        embed_part(approach, import_module, results, config.index, cache, config.device, pretrained)
+        embedder, _, folder = open_network(
+            approach, import_module, results, config.index, cache, config.device, pretrained
+        )
+        embed_part(embedder, folder, cache)
         return
     only = config.only or None
     engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config, only)

@@ -67,7 +67,7 @@ class DamagedError(UserError):
     """A row on disk is not what was written."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} is damaged and was removed: run again, what it held is computed anew")
+        super().__init__(f"{path} is damaged and was removed: run again, what it held is computed again")
         self.path = path
 
 

@@ -188,7 +188,7 @@ def load_engine(
     approach `PRETRAINED`. `config`: how to search. `only`: the class to search, None: all. See `load_embedder`. Raises
     `UserError`.
     """
-    embedder, checkpoint, folder = _open_network(approach, import_script, results, index, cache, device, pretrained)
+    embedder, checkpoint, folder = open_network(approach, import_script, results, index, cache, device, pretrained)
     gallery = load_library(folder, [embedder], cache, "embedding the gallery")
     if checkpoint and not index:
         gallery = _run_gallery(gallery, checkpoint, cache)
@@ -200,28 +200,16 @@ def load_engine(
     return SearchEngine(approach, embedder, chosen, knn)
 
 
-def embed_part(
-    approach: str,
-    import_script: Callable[[str], ModuleType],
-    results: Path,
-    index: str,
-    cache: Path | None,
-    device: str,
-    pretrained: tuple[str, str],
-) -> None:
-    """Embeds this process's part of the photos that `load_engine` would search, and leaves it in `cache`.
-
-    Raises `UserError`.
-    """
+def embed_part(embedder: Embedder, folder: Path, cache: Path | None) -> None:
+    """Embeds this process's part of the photos in `folder`, and leaves it in `cache`. Raises `UserError`."""
     if cache is None:
         raise UserError("several processes share embeddings in a folder: name one with --cache")
-    embedder, _, folder = _open_network(approach, import_script, results, index, cache, device, pretrained)
     rank, size = world()
     photos = load_library(folder, [embedder], cache, f"embedding part {rank + 1} of {size}", world())
     print(f"part {rank + 1} of {size}: {len(photos):,} photos are embedded, {len(photos.skipped):,} skipped")
 
 
-def _open_network(
+def open_network(
     approach: str,
     import_script: Callable[[str], ModuleType],
     results: Path,
@@ -230,7 +218,7 @@ def _open_network(
     device: str,
     pretrained: tuple[str, str],
 ) -> tuple[Embedder, Checkpoint | None, Path]:
-    """The network, its checkpoint if it has one, and the folder of photos to search."""
+    """The network, its checkpoint if it has one, and the folder of photos to search. See `load_engine`."""
     checkpoint = None
     if approach == PRETRAINED:
         if not index:

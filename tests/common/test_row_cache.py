@@ -90,6 +90,18 @@ def test_runs_that_share_a_folder_lose_no_rows_of_each_other(tmp_path):
     assert stored(open_cache(tmp_path), "a", "b", "c") == [1, 2, 3]
 
 
+def test_what_another_process_wrote_is_found_after_a_refresh(tmp_path):
+    first, second = open_cache(tmp_path), open_cache(tmp_path)
+    first.put(keys("a", "b"), rows(1, 2))
+    first.flush()
+    second.put(keys("c"), rows(3))
+    assert stored(second, "a", "b", "c") == [None, None, 3]
+    second.refresh()
+    assert stored(second, "a", "b", "c") == [1, 2, 3]
+    first.refresh()
+    assert stored(first, "c") == [3]  # it was written by the refresh
+
+
 def test_threads_may_put_rows_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(row_cache, "FLUSH_BYTES", 2000)
     with open_cache(tmp_path) as cache, ThreadPoolExecutor(8) as pool:
