@@ -9,7 +9,6 @@ import abc
 import numpy as np
 
 from common.retrieval.exact import CosineKNN
-from common.row_cache import StoredRows
 
 RESCORED_AT_A_TIME = 1 << 25  # numbers
 RECALL_K, RECALL_QUERIES = 10, 500
@@ -22,11 +21,6 @@ class ApproximateKNN(CosineKNN, abc.ABC):
     depth: int  # candidates that a search keeps, at least
     is_new = False  # whether the engine has taken in the gallery for the first time
     bytes_per_photo: float | None = None  # in this process's memory, without the embeddings; None: kept elsewhere
-
-    def __init__(self, gallery: np.ndarray | StoredRows, sha256: np.ndarray) -> None:
-        """`gallery` as for `CosineKNN`; `sha256`: bytes [N] ('S64'), of the photos; equal for byte-identical ones."""
-        super().__init__(gallery)
-        self.ids = unique_ids(sha256)
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -83,7 +77,7 @@ class ApproximateKNN(CosineKNN, abc.ABC):
 
 
 def unique_ids(sha256: np.ndarray) -> np.ndarray:
-    """bytes [N] ('S72'): each hash; of byte-identical photos all but the first with their number behind it."""
+    """bytes [N] ('S72'), from hashes 'S64' [N]: of byte-identical photos all but the first have a number behind."""
     order = np.argsort(sha256, kind="stable")
     twins = np.r_[False, sha256[order][1:] == sha256[order][:-1]]
     number = np.arange(len(order))

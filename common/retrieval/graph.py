@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.extras import require
-from common.retrieval.approximate import ApproximateKNN
+from common.retrieval.approximate import ApproximateKNN, unique_ids
 from common.retrieval.exact import CosineKNN
 from common.row_cache import StoredRows
 from common.storage import atomic_write
@@ -46,20 +46,21 @@ class GraphKNN(ApproximateKNN):
 
         Args:
             gallery: as for `CosineKNN`.
-            sha256: as for `ApproximateKNN`.
+            sha256: bytes [N] ('S64'), of the photos; equal for byte-identical ones.
             folder: of graphs of this network's embeddings, for the next start; None: nothing is kept.
             code: of the embeddings in the graph: "float32", "float16" or "int8"; shorter ones take less memory and miss
                 more.
             depth: candidates that a search keeps; more miss less and take longer.
         """
-        super().__init__(gallery, sha256)
+        super().__init__(gallery)
         (self.faiss,) = require("faiss")
         self.code, self.depth = code, depth
         folder = folder and folder / f"{code} {self.gallery.shape[1]} {LINKS} {CONSTRUCTION_DEPTH}".replace(" ", "-")
-        found = next(self._open(folder), None) if folder else None
+        ids = unique_ids(sha256)
+        found = next(self._open(folder, ids), None) if folder else None
         self.is_new = found is None
-        self.graph, self.rows = found or self._build(folder)
-        self.tail = np.setdiff1d(np.arange(len(self.ids)), self.rows)  # gallery indices, searched exactly
+        self.graph, self.rows = found or self._build(folder, ids)
+        self.tail = np.setdiff1d(np.arange(len(ids)), self.rows)  # gallery indices, searched exactly
         self.exact_tail = CosineKNN(self.gallery[self.tail]) if len(self.tail) else None
         alive = self.rows >= 0
         self.mask = None if alive.all() else np.packbits(alive, bitorder="little")
@@ -94,7 +95,7 @@ class GraphKNN(ApproximateKNN):
             indices = np.concatenate([indices, self.tail[places]], axis=1)
         return indices
 
-    def _build(self, folder: Path | None) -> tuple[Any, np.ndarray]:
+    def _build(self, folder: Path | None, ids: np.ndarray) -> tuple[Any, np.ndarray]:
         """A graph of the whole gallery, saved in `folder`, and the gallery index of each of its rows."""
         graph = _empty_graph(self.faiss, self.gallery.shape[1], self.code)
         graph.hnsw.efConstruction = CONSTRUCTION_DEPTH
@@ -105,16 +106,16 @@ class GraphKNN(ApproximateKNN):
                 graph.add(self.gallery[start : start + ADDED_AT_A_TIME])
                 bar.update(graph.ntotal - start)
         if folder:
-            self._save(graph, folder)
+            self._save(graph, folder, ids)
         return graph, np.arange(count)
 
-    def _save(self, graph: Any, folder: Path) -> None:
+    def _save(self, graph: Any, folder: Path, ids: np.ndarray) -> None:
         """Beside the older graphs, which are removed: who has mapped one keeps it."""
         older = list(folder.glob("*.graph"))
         try:
             with atomic_write(folder / f"{uuid.uuid4().hex}.graph") as temporary:
                 temporary.mkdir()
-                np.save(temporary / "ids.npy", self.ids, allow_pickle=False)
+                np.save(temporary / "ids.npy", ids, allow_pickle=False)
                 self.faiss.write_index(graph, str(temporary / "graph.faiss"))
         except (OSError, RuntimeError) as error:  # faiss raises the latter where the disk is full
             print(f"the graph can't be kept in {folder} ({error}): it is built again by the next start")
@@ -122,9 +123,9 @@ class GraphKNN(ApproximateKNN):
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _open(self, folder: Path) -> Iterator[tuple[Any, np.ndarray]]:
+    def _open(self, folder: Path, ids: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
         """Saved graphs that fit the gallery, mapped, each with the gallery index of its rows, int64 [M]; -1: gone."""
-        ids, order = self.ids, np.argsort(self.ids)
+        order = np.argsort(ids)
         for path in sorted(folder.glob("*.graph")):
             # A damaged file is built again; faiss and numpy raise whatever it leads to.
             with contextlib.suppress(OSError, RuntimeError, ValueError, EOFError):

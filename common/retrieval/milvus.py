@@ -51,7 +51,7 @@ class MilvusKNN(ApproximateKNN):
         if only is not None:
             chosen = np.flatnonzero(photos.labels == photos.classes.index(only))
             self.filter = f"class == {json.dumps(only, ensure_ascii=False)}"
-        super().__init__(embeddings if only is None else embeddings[chosen], photos.sha256[chosen])
+        super().__init__(embeddings if only is None else embeddings[chosen])
         self.ids, self.order = ids[chosen], np.argsort(ids[chosen])
         self.address, self.depth = config.milvus, config.graph_depth
         self.collection = config.collection or _default_name(photos, embedder)
