@@ -158,7 +158,7 @@ def draw(path: Path, curves: dict[str, dict], size: int) -> None:
         axes.set_ylabel("queries/s")
         axes.set_title(title, fontsize=10)
         axes.grid(color="#e3e7eb")
-        axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, format="png", dpi=120)
     pyplot.close(figure)
 

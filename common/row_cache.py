@@ -57,7 +57,8 @@ class StoredRows:
             own = places[chosen] - (self._ends[number] - len(part.rows))
             rows[chosen] = found = part.rows[own]
             if part.checksums is not None and (_checksums(found) != part.checksums[own]).any():
-                part.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+                    part.path.unlink(missing_ok=True)
                 raise DamagedError(part.path)
             if forget and part.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
                 part.mapped.madvise(mmap.MADV_DONTNEED)  # what has been copied needs no memory twice

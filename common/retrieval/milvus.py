@@ -49,8 +49,9 @@ class MilvusKNN(ApproximateKNN):
         classes = [name.encode(errors="replace") for name in photos.classes]
         names, chosen, self.filter = np.array(classes)[photos.labels], np.arange(len(photos)), ""
         if only is not None:
-            chosen = np.flatnonzero(photos.labels == photos.classes.index(only))
-            self.filter = f"class == {json.dumps(only, ensure_ascii=False)}"
+            label = photos.classes.index(only)
+            chosen = np.flatnonzero(photos.labels == label)
+            self.filter = f"class == {json.dumps(classes[label].decode(), ensure_ascii=False)}"
         super().__init__(embeddings if only is None else embeddings[chosen])
         self.ids, self.order = ids[chosen], np.argsort(ids[chosen])
         self.address, self.depth = config.milvus, config.graph_depth
@@ -86,7 +87,7 @@ class MilvusKNN(ApproximateKNN):
                     self.filter,
                     limit=k,
                     search_params=parameters,
-                    consistency_level="Strong",
+                    consistency_level="Session",  # sees what this client has written; "Strong" waits 0.2 s each time
                 )
             for row, answer in enumerate(answers, start):
                 indices[row, : len(answer)] = self._indices([hit["id"] for hit in answer])
@@ -166,6 +167,7 @@ class MilvusKNN(ApproximateKNN):
 
 def connect(config: EngineConfig) -> Any:
     """A client of the server at `config.milvus`, or of the file there; raises `UserError`."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would report each reconnection on the terminal
     (milvus,) = require("pymilvus")
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it also raises, with a traceback
     address = config.milvus
