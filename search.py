@@ -22,6 +22,7 @@ import numpy as np
 
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
+from common.data.folders import Selection
 from common.distributed import world
 from common.models.embedder import Embedder
 from common.report.pictures import Tile, draw_rows, search_row
@@ -143,13 +144,13 @@ def main(config: Config) -> None:
         embedder, _, folder = open_network(
             approach, import_module, results, config.index, cache, config.device, pretrained
         )
-        embed_part(embedder, folder, cache)
+        embed_part(embedder, folder, cache, Selection(config.exclude, lists=results))
         return
     only = config.only or None
     engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config, only)
     rows: list[list[Tile]] = []
     num_failed = 0
-    for name, data in read_queries(config.photos):
+    for name, data in read_queries(config.photos, config.exclude):
         try:
             if isinstance(data, UserError):
                 raise data

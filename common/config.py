@@ -38,7 +38,7 @@ class Range(NamedTuple):
 
 @dataclass
 class EngineConfig:
-    """How neighbours are searched for."""
+    """Which photos are searched, and how."""
 
     engine: Literal["exact", "hnsw", "milvus"] = (
         "exact"  # "hnsw": a graph, faster on large galleries, misses some neighbours; "milvus": a vector database
@@ -47,6 +47,7 @@ class EngineConfig:
     graph_depth: Annotated[int, Range(1, 32_768)] = 64  # candidates that a search of a graph keeps; more miss less
     milvus: str = "data/milvus.db"  # a server's address, http://host:19530, or a file; MILVUS_TOKEN is the token
     collection: str = ""  # in Milvus; empty: named after the network and the folder of the photos
+    exclude: tuple[str, ...] = ()  # files and folders to leave out, by path or name, with * and ?
 
 
 @dataclass
@@ -63,6 +64,7 @@ class RunConfig(EngineConfig):
     )
     also: tuple[str, ...] = ()  # more labelled folders to test on alone, each photo searching the others
     labelled: bool = True  # False: folders are no classes; train on views alone
+    allow_unreadable: Annotated[float, Range(0, 1)] = 0.1  # of the photos, as a fraction; more stop the run
     seed: int = 0  # of the split, the initial weights, the order of the photos, their views and the distorted copies
 
     # Computing
@@ -91,9 +93,10 @@ def parse_config(config_class: type[ConfigT], description: str, arguments: list[
     """An instance of the dataclass `config_class` whose fields the command line may override: `--batch-size 32`.
 
     Every field needs a default. Its type (int, float, str, bool or a Literal) checks the flag, `Annotated[..., Range]`
-    limits it, and the comment behind it is its help text. A tuple[str, ...] takes any number of values: the positional
-    arguments, with all that follows "--", or in a `RunConfig` those behind its flag. The names of the flags that were
-    given are kept for `apply_overrides`. `arguments` are those of the command line by default.
+    limits it, and the comment behind it is its help text. A tuple[str, ...] takes any number of values: in a
+    `RunConfig`, or where it is inherited, those behind its flag, which may be repeated; else the positional arguments,
+    with all that follows "--", and other such flags take one value at a time. The names of the flags that were given
+    are kept for `apply_overrides`. `arguments` are those of the command line by default.
 
     Raises:
         UserError: a value out of its range, or a flag that is called differently now.
@@ -104,23 +107,23 @@ def parse_config(config_class: type[ConfigT], description: str, arguments: list[
     )
     comments = field_comments(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    positional = ""
+    positional = _positional(config_class)
     for name, field in fields.items():
-        kind, _ = _type_and_range(config_class, name)
-        if typing.get_origin(kind) is tuple and not issubclass(config_class, RunConfig):
-            positional = name
+        if name == positional:
             parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, help=comments.get(name))
             continue
         flags = dict.fromkeys(("--" + name.replace("_", "-"), "--" + name, *(["-" + name] if len(name) == 1 else [])))
         meaning = f"{comments.get(name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument(*flags, default=argparse.SUPPRESS, help=meaning, **_parsing(kind))
+        kind, _ = _type_and_range(config_class, name)
+        parsing = _parsing(kind, one_at_a_time=bool(positional))
+        parser.add_argument(*flags, default=argparse.SUPPRESS, help=meaning, **parsing)
     arguments = sys.argv[1:] if arguments is None else arguments
     end = arguments.index("--") if positional and "--" in arguments else len(arguments)  # argparse forgets it
     _refuse_renamed(arguments[:end], fields.keys())
     given = vars(parser.parse_intermixed_args(arguments[:end]))
     if rest := arguments[end + 1 :]:
         given[positional] = [*given.get(positional, []), *rest]
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: _expand_home(value) for name, value in given.items()}
     config = config_class(**given)
     check_ranges(config)
     config._given = frozenset(given)  # type: ignore[attr-defined]  # not a hyperparameter
@@ -223,6 +226,21 @@ def _refuse_renamed(arguments: list[str], names: typing.Collection[str]) -> None
             raise UserError(f"--{old.replace('_', '-')} is called --{RENAMED[old].replace('_', '-')} now")
 
 
+def _expand_home(value: Any) -> Any:
+    """A value with ~ at its start expanded, as a shell does not behind "=", and a list of values as a tuple."""
+    if isinstance(value, list):
+        return tuple(_expand_home(each) for each in value)
+    return str(Path(value).expanduser()) if isinstance(value, str) and re.match(r"~([/\\]|$)", value) else value
+
+
+def _positional(config_class: type) -> str:
+    """The field that takes the arguments without a flag, or ""."""
+    if issubclass(config_class, RunConfig):
+        return ""
+    kinds = {name: _type_and_range(config_class, name)[0] for name in config_class.__annotations__}
+    return next((name for name, kind in kinds.items() if typing.get_origin(kind) is tuple), "")
+
+
 def _type_and_range(config_class: type, name: str) -> tuple[Any, Range | None]:
     """The type of a field and the `Range` in its annotation, if any."""
     kind = typing.get_type_hints(config_class, include_extras=True)[name]
@@ -232,12 +250,12 @@ def _type_and_range(config_class: type, name: str) -> tuple[Any, Range | None]:
     return kind, next((note for note in notes if isinstance(note, Range)), None)
 
 
-def _parsing(kind: Any) -> dict[str, Any]:
-    """What argparse needs to read a flag of type `kind`."""
+def _parsing(kind: Any, one_at_a_time: bool) -> dict[str, Any]:
+    """What argparse needs to read a flag of type `kind`; of tuples, whether all values stand behind one flag."""
     if typing.get_origin(kind) is Literal:
         return {"choices": typing.get_args(kind)}
     if typing.get_origin(kind) is tuple:
-        return {"nargs": "+", "metavar": "FOLDER"}
+        return {"metavar": "NAME", **({"action": "append"} if one_at_a_time else {"nargs": "+", "action": "extend"})}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is int:

@@ -177,8 +177,11 @@ def test_a_run_opens_each_photo_once_and_embeds_it_once(synthetic_photos, tmp_pa
     consume, stream = Embedder.consume, Embedder.stream
 
     def count_file(event, arguments):
-        if counting and event == "open" and str(arguments[0]).startswith(f"{synthetic_photos}{os.sep}"):
-            opened[str(arguments[0])] += 1
+        if not counting or event != "open":
+            return
+        path = str(arguments[0])
+        if path.startswith(f"{synthetic_photos}{os.sep}") and path.endswith(".jpg"):
+            opened[path] += 1
 
     def count_stream(self, load_images, indices, label=""):
         if label:  # what is timed has no progress bar

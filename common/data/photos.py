@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from common.config import UserError
 from common.data import synthetic
-from common.data.folders import SUFFIXES, find_photos
+from common.data.folders import ALL, Found, Selection, describe_classes, find_photos
+from common.data.left_out import count_reasons, report_left_out
 from common.data.sources import require_folder
 from common.device import limit_torch_threads
 from common.parallel import parallel_map
 from common.row_cache import RowCache
 
-MAX_SKIPPED = 0.1  # a larger fraction of unreadable photos stops a run
 MAX_KEPT_BYTES = 500_000_000  # files are kept in memory up to this size, so that a run does not read them again
 NO_CLASS = ""  # the class of a photo whose class is unknown
 CHUNK = 32  # files read at a time by one core, where nothing is made of them
@@ -122,20 +122,31 @@ def hash_content(data: bytes) -> bytes:
 
 
 def load_photos(
-    folder: Path, consumers: Sequence[FileConsumer] = (), label: str = "reading photos", labelled: bool = True
+    folder: Path,
+    consumers: Sequence[FileConsumer] = (),
+    label: str = "reading photos",
+    labelled: bool = True,
+    selection: Selection = ALL,
 ) -> Photos:
     """Reads every photo below `folder` once: hashes it and hands it to each consumer that lacks it.
 
     For runs that measure: photos of no class are skipped, and contents are kept in memory up to `MAX_KEPT_BYTES`.
-    `label` names the progress bar. Unless `labelled`, all photos are of the class `NO_CLASS`. Raises `UserError` if
-    there is no such folder, no photo, or more than `MAX_SKIPPED` of the files can't be used.
+    Prints which classes there are, and what was left out. `label` names the progress bar. Unless `labelled`, all photos
+    are of the class `NO_CLASS`. Raises `UserError` if there is no such folder, no photo, or more than
+    `selection.max_unusable` of the photos can't be used.
     """
-    found = _find(folder) if labelled else [(path, NO_CLASS) for path, _ in _find(folder)]
-    reasons = {path: "no class: neither its folder nor its name tells one" for path, name in found if name is None}
-    paths = [path for path, name in found if name is not None]
+    found = _find(folder, selection)
+    if labelled:
+        print(f"{folder}: {describe_classes(found)}", flush=True)
+    else:
+        found = found._replace(photos=[(path, NO_CLASS) for path, _ in found.photos])
+    reasons = {
+        path: "no class: neither its folder nor its name tells one" for path, name in found.photos if name is None
+    }
+    paths = [path for path, name in found.photos if name is not None]
     files = FileStore()
     hashes = _read(folder, paths, np.zeros(len(paths), "S64"), consumers, files, reasons, label)
-    return _photos(folder, found, hashes, reasons, files, MAX_SKIPPED)
+    return _photos(folder, found, hashes, reasons, files, selection)
 
 
 def load_library(
@@ -144,21 +155,23 @@ def load_library(
     cache: Path | None = None,
     label: str = "reading photos",
     part: tuple[int, int] = (0, 1),
+    selection: Selection = ALL,
 ) -> Photos:
-    """The same for searching: files of the same path, size and time of change as last time are not read again.
+    """The same for searching: files of the same path, size and times of change as last time are not read again.
 
     Their hashes are kept in `cache`. Photos of no class get the class `NO_CLASS`, and any number of files may be
     unusable as long as one is not. `part` (i, n): only the i-th of n parts of the files, counted from 0. Raises
     `UserError`.
     """
-    found = [(path, name or NO_CLASS) for path, name in _find(folder)]
+    found = _find(folder, selection)
     number, count = part
-    if count > len(found):
-        raise UserError(f"{folder} has {len(found):,} photos: divide them among no more processes than that")
-    found = found[len(found) * number // count : len(found) * (number + 1) // count]
-    paths = [path for path, _ in found]
+    if count > len(found.photos):
+        raise UserError(f"{folder} has {len(found.photos):,} photos: divide them among no more processes than that")
+    chosen = slice(len(found.photos) * number // count, len(found.photos) * (number + 1) // count)
+    found = found._replace(photos=[(path, name or NO_CLASS) for path, name in found.photos[chosen]])
+    paths = [path for path, _ in found.photos]
     reasons: dict[str, str] = {}
-    with RowCache(cache, "SHA-256 of files by path, size and time of change", (), "S64") as known:
+    with RowCache(cache, "SHA-256 of files by path, size and times of change", (), "S64") as known:
         stamps = _stamps(folder, paths)
         hashes = np.zeros(len(paths), "S64")
         rows, is_known = known.get(stamps)
@@ -166,13 +179,16 @@ def load_library(
         hashes = _read(folder, paths, hashes, consumers, None, reasons, label)
         new = ~is_known & (hashes != b"")
         known.put(stamps[new], hashes[new])
-    return _photos(folder, found, hashes, reasons, FileStore(), 1.0)
+    return _photos(folder, found, hashes, reasons, FileStore(), dataclasses.replace(selection, max_unusable=1.0))
 
 
-def _find(folder: Path) -> list[tuple[str, str | None]]:
-    found = find_photos(require_folder(folder))
-    if not found:
-        raise UserError(f"{folder} holds no photo ({', '.join(sorted(SUFFIXES))}): put some there, a folder per class")
+def _find(folder: Path, selection: Selection) -> Found:
+    found = find_photos(require_folder(folder), selection.exclude)
+    found.left_out.pop(synthetic.MARKER, None)
+    if not found.photos:
+        listed = report_left_out(folder, found.left_out, selection.lists)
+        inside = f" ({count_reasons(found.left_out)}{listed})" if found.left_out else ""
+        raise UserError(f"{folder} holds no photo{inside}: put some there, a folder per class, or name another folder")
     return found
 
 
@@ -241,21 +257,17 @@ def _consume(consumers: Sequence[FileConsumer], files: dict[bytes, bytes]) -> di
 
 
 def _photos(
-    folder: Path,
-    found: Sequence[tuple[str, str | None]],
-    hashes: np.ndarray,
-    reasons: dict[str, str],
-    files: FileStore,
-    max_skipped: float,
+    folder: Path, found: Found, hashes: np.ndarray, reasons: dict[str, str], files: FileStore, selection: Selection
 ) -> Photos:
     """The `Photos` that can be used; raises `UserError` if too few can. `hashes` is of those with a class."""
-    classes = {path: name for path, name in found if name is not None}
+    listed = report_left_out(folder, {**found.left_out, **reasons}, selection.lists)
+    classes = {path: name for path, name in found.photos if name is not None}
     paths = [path for path, sha256 in zip(classes, hashes, strict=True) if sha256]
-    if len(reasons) > max_skipped * len(found) or not paths:
-        first = min(reasons)
+    if len(reasons) > selection.max_unusable * len(found.photos) or not paths:
+        allow = ", or allow more with --allow-unreadable" if paths else ""
         raise UserError(
-            f"{len(reasons):,} of {len(found):,} photos in {folder} can't be used, the first being {first} "
-            f"({reasons[first]}): fix or remove them, or name another folder"
+            f"{len(reasons):,} of {len(found.photos):,} photos in {folder} can't be used ({count_reasons(reasons)}"
+            f"{listed}): fix or remove them, name another folder{allow}"
         )
     names = sorted({classes[path] for path in paths})
     version = f"synthetic cats and dogs {synthetic.VERSION}"
@@ -272,13 +284,14 @@ def _photos(
 
 
 def _stamps(folder: Path, paths: Iterable[str]) -> np.ndarray:
-    """For each of N files below `folder` a hash of its path, size and time of change: 'S64' [N]."""
+    """For each of N files below `folder` a hash of its path, size and times of change: 'S64' [N]."""
     root = str(folder.resolve())
 
     def stamp(path: str) -> bytes:
         try:
             status = Path(root, path).stat()
-            told = f"{root}/{path} {status.st_size} {status.st_mtime_ns}"
+            # A program may set the time of a file's content; that of the file itself changes all the same.
+            told = f"{root}/{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         except OSError:
             told = f"{root}/{path} gone"
         return hash_content(told.encode(errors="surrogateescape"))

@@ -14,7 +14,7 @@ def locate_photos(data: str, home: Path = Path("data")) -> Path:
     images. Raises `UserError`.
     """
     if data == "auto":
-        if next(walk(home), None):
+        if any(not reason for _, reason in walk(home)):
             return home
         try:
             return _downloaded(home)

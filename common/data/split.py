@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
+from common.data.folders import ALL, Selection
 from common.data.photos import FileConsumer, Photos, load_photos
 
 QUERY_FRACTION = 0.1
@@ -54,6 +55,7 @@ def load_split(
     seed: int,
     consumers: Sequence[FileConsumer] = (),
     labelled: bool = True,
+    selection: Selection = ALL,
 ) -> Split:
     """The photos of an evaluation: those to train on, those searched, and those to search with.
 
@@ -67,17 +69,18 @@ def load_split(
         seed: of the split.
         consumers: see `load_photos`.
         labelled: whether folders and file names tell classes; if not, all photos are of one.
+        selection: which files are used.
 
     Raises:
         UserError: as `load_photos`, or there are too few photos or classes.
     """
-    photos = load_photos(folder, consumers, labelled=labelled)
+    photos = load_photos(folder, consumers, labelled=labelled, selection=selection)
     if split == "unseen":
         if queries:
             raise UserError("split unseen takes its queries from the classes not trained on: leave --queries out")
         return split_by_class(photos, seed)
     if queries:
-        others = load_photos(Path(queries), consumers, "reading queries", labelled)
+        others = load_photos(Path(queries), consumers, "reading queries", labelled, selection)
         gallery, held_out = _with_queries_of(photos, others)
     else:
         gallery, held_out = split_photos(photos, seed, "test")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from common.config import RunConfig, UserError, apply_overrides, hyperparameters
+from common.data.folders import Selection
 from common.data.photos import FileConsumer, Photos, load_photos
 from common.data.sources import locate_photos
 from common.data.split import Split, TestSet, describe, describe_test_set, fingerprint, leave_one_out, load_split
@@ -119,12 +120,14 @@ class Run(Generic[ConfigT]):
 
     def _load_photos(self, consumers: Sequence[FileConsumer]) -> Split:
         config = self.config
-        split = load_split(self.folder, config.queries, config.split, config.seed, consumers, config.labelled)
+        selection = Selection(config.exclude, config.allow_unreadable, Path(config.results))
+        of_what = config.queries, config.split, config.seed, consumers, config.labelled, selection
+        split = load_split(self.folder, *of_what)
         for folder in map(Path, config.also):
             name = folder.absolute().name  # that of . would be empty
             if name in self.also:
                 raise UserError(f"two folders of --also are called {name}: rename one, as results go by names")
-            self.also[name] = leave_one_out(load_photos(folder, consumers, f"reading {name}"))
+            self.also[name] = leave_one_out(load_photos(folder, consumers, f"reading {name}", selection=selection))
         return split
 
     def measure_baseline(self, name: str, embedder: Embedder, split: Split) -> None:

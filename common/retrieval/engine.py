@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from common.config import EngineConfig, UserError
-from common.data.folders import find_photos, walk
+from common.data.folders import Selection, find_photos, walk
 from common.data.photos import NO_CLASS, Photos, hash_content, load_library
 from common.data.sources import require_folder
 from common.data.split import split_by_class, split_photos
@@ -185,13 +185,19 @@ def load_engine(
     """The approach's network with the gallery it was trained on, or with the photos in the folder `index`.
 
     Photos that the cache doesn't know are embedded, with a progress bar. `pretrained`: backbone and weights of the
-    approach `PRETRAINED`. `config`: how to search. `only`: the class to search, None: all. See `load_embedder`. Raises
-    `UserError`.
+    approach `PRETRAINED`. `config`: what to search, and how. `only`: the class to search, None: all. See
+    `load_embedder`. Raises `UserError`.
     """
     embedder, checkpoint, folder = open_network(approach, import_script, results, index, cache, device, pretrained)
-    gallery = load_library(folder, [embedder], cache, "embedding the gallery")
-    if checkpoint and not index:
-        gallery = _run_gallery(gallery, checkpoint, cache)
+    is_own = checkpoint is not None and not index  # the gallery of the run
+    exclude = (*config.exclude, *(checkpoint.config.get("exclude", ()) if checkpoint and is_own else ()))
+    selection = Selection(exclude, lists=results)
+    gallery = load_library(folder, [embedder], cache, "embedding the gallery", selection=selection)
+    if checkpoint and is_own:
+        try:
+            gallery = _run_gallery(gallery, checkpoint, cache, selection)
+        except UserError as error:  # it has shrunk since
+            print(f"searching all photos, the queries of the run too: {error}")
     chosen = photos_of_class(gallery, only)
     knn = build_index(gallery, embedder, config, only)
     if isinstance(knn, ApproximateKNN) and knn.is_new and len(chosen) > 1:
@@ -200,12 +206,12 @@ def load_engine(
     return SearchEngine(approach, embedder, chosen, knn)
 
 
-def embed_part(embedder: Embedder, folder: Path, cache: Path | None) -> None:
+def embed_part(embedder: Embedder, folder: Path, cache: Path | None, selection: Selection) -> None:
     """Embeds this process's part of the photos in `folder`, and leaves it in `cache`. Raises `UserError`."""
     if cache is None:
         raise UserError("several processes share embeddings in a folder: name one with --cache")
     rank, size = world()
-    photos = load_library(folder, [embedder], cache, f"embedding part {rank + 1} of {size}", world())
+    photos = load_library(folder, [embedder], cache, f"embedding part {rank + 1} of {size}", world(), selection)
     print(f"part {rank + 1} of {size}: {len(photos):,} photos are embedded, {len(photos.skipped):,} skipped")
 
 
@@ -233,7 +239,7 @@ def open_network(
     return embedder, checkpoint, folder
 
 
-def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None) -> Photos:
+def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None, selection: Selection) -> Photos:
     """Of all photos in a run's folder those that it searched: of a class, not held out as queries or copies of them.
 
     Copies of the photos in a folder of queries that is gone are searched.
@@ -244,8 +250,9 @@ def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None) -> 
         return split_by_class(photos, config["seed"]).test.gallery
     if not checkpoint.queries:
         photos, _ = split_photos(photos, config["seed"], "test")
-    elif next(walk(Path(checkpoint.queries)), None):
-        queries = _of_a_class(load_library(Path(checkpoint.queries), [], cache, "reading queries"), config["labelled"])
+    elif any(not reason for _, reason in walk(Path(checkpoint.queries), selection.exclude)):
+        queries = load_library(Path(checkpoint.queries), [], cache, "reading queries", selection=selection)
+        queries = _of_a_class(queries, config["labelled"])
         photos = photos.subset(np.flatnonzero(~np.isin(photos.sha256, queries.sha256)))
     if config["split"] == "validation":
         photos, _ = split_photos(photos, config["seed"], "validation")
@@ -262,10 +269,11 @@ def _of_a_class(photos: Photos, labelled: bool) -> Photos:
     return dataclasses.replace(photos, labels=photos.labels - 1, classes=photos.classes[1:])
 
 
-def read_queries(names: tuple[str, ...]) -> Iterator[tuple[str, bytes | UserError]]:
+def read_queries(names: tuple[str, ...], exclude: tuple[str, ...] = ()) -> Iterator[tuple[str, bytes | UserError]]:
     """Name and content of each photo that is meant by a path, a folder or a web address; or why it can't be read."""
     for name in names:
-        paths = [str(Path(name) / path) for path, _ in find_photos(Path(name))] if Path(name).is_dir() else [name]
+        found = find_photos(Path(name), exclude).photos if Path(name).is_dir() else []
+        paths = [str(Path(name) / path) for path, _ in found] if Path(name).is_dir() else [name]
         if not paths:
             yield name, UserError("this folder holds no photo")
         for path in paths:

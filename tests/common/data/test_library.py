@@ -72,7 +72,7 @@ def test_a_library_may_hold_unusable_files_and_photos_of_no_class(tmp_path, read
 
 def test_a_library_without_a_usable_photo_stops(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 of 1 photos in .* broken\.png \(empty file\)"):
+    with pytest.raises(UserError, match=r"1 of 1 photos in .* \(1 empty file, the first being broken\.png\)"):
         load_library(tmp_path, [DecodingConsumer()], None, "")
 
 

@@ -51,7 +51,7 @@ def test_folders_without_photos(tmp_path):
     for load in (load_photos, load_library):
         with pytest.raises(UserError, match="nowhere is not a folder"):
             load(tmp_path / "nowhere")
-        with pytest.raises(UserError, match=r"holds no photo \(\.bmp, .*: put some there"):
+        with pytest.raises(UserError, match="holds no photo: put some there"):
             load(tmp_path)
 
 
@@ -185,7 +185,10 @@ def test_photos_of_no_class_are_skipped(tmp_path):
 def test_more_than_a_tenth_unusable_stops(tmp_path):
     folder = tree(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(4)))
     (folder / "a" / "x.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 of 9 photos in .* a/x\.png \(empty file\): fix or remove"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 9 photos in .* \(1 empty file, the first being a/x\.png\): fix or remove .* --allow-unreadable",
+    ):
         load_photos(folder, [DecodingConsumer()])
     image_of(99).save(folder / "a" / "tenth.png")
     assert len(load_photos(folder, [DecodingConsumer()])) == 9

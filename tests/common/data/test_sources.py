@@ -30,7 +30,7 @@ def test_auto_takes_the_photos_in_data(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.download, "download", refuse)
     tree(tmp_path, "mine/a/1.png", ".cache/b/1.png")
     assert locate_photos("auto", tmp_path) == tmp_path
-    assert [path for path, _ in find_photos(tmp_path)] == ["mine/a/1.png"]
+    assert [path for path, _ in find_photos(tmp_path).photos] == ["mine/a/1.png"]
 
 
 def test_auto_downloads_where_there_are_none(tmp_path, monkeypatch, capsys):
@@ -58,8 +58,9 @@ def test_auto_draws_synthetic_images_and_says_so_where_there_is_nothing_else(
 
 def test_synthetic_images_on_request_are_drawn_without_a_word_about_real_ones(tmp_path, capsys, four_images):
     folder = locate_photos("synthetic", tmp_path / "data")
-    assert len(load_photos(folder)) == 4
     assert capsys.readouterr().out == ""
+    assert len(load_photos(folder)) == 4
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path):

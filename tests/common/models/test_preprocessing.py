@@ -72,12 +72,12 @@ def test_it_survives_a_file():
 
 
 def test_cache_keys_name_the_size_the_interpolation_and_the_decoder():
-    assert SMALL.pixels == f"8 6 BILINEAR, decoding 1, Pillow {PIL.__version__}"
+    assert SMALL.pixels == f"8 6 BILINEAR, decoding 2, Pillow {PIL.__version__}"
 
 
 def test_cache_keys_follow_the_version_of_pillow(monkeypatch):
     monkeypatch.setattr(PIL, "__version__", "99.0")
     version = runpy.run_path(decode.__file__)["VERSION"]
-    assert version == "decoding 1, Pillow 99.0"
+    assert version == "decoding 2, Pillow 99.0"
     monkeypatch.setattr(module, "VERSION", version)
-    assert SMALL.pixels == "8 6 BILINEAR, decoding 1, Pillow 99.0"
+    assert SMALL.pixels == "8 6 BILINEAR, decoding 2, Pillow 99.0"

@@ -1,0 +1,42 @@
+"""What was left out of a folder: said in a line, and listed in a file."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.storage import atomic_write
+
+
+def count_reasons(reasons: Mapping[str, str]) -> str:
+    """From {path: reason}: how many files there are of each reason and the first of them, the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        groups.setdefault(reason.partition(" (")[0], []).append(path)  # details stand in brackets
+    listed = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return "; ".join(f"{len(paths):,} {reason}, the first being {min(paths)}" for reason, paths in listed)
+
+
+def report_left_out(folder: Path, reasons: Mapping[str, str], lists: Path | None) -> str:
+    """Prints what was left out of `folder`, {path: reason}, and lists it in a CSV file in the folder `lists`.
+
+    Returns "; all are listed in FILE" or "". Without anything to list, a list that an earlier run left is removed.
+    """
+    path = lists and lists / f"left_out-{folder.resolve().name or 'root'}.csv"
+    listed = ""
+    try:
+        if path and not reasons:
+            path.unlink(missing_ok=True)
+        elif path:
+            with (
+                atomic_write(path) as temporary,
+                temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+            ):
+                writer = csv.writer(stream)
+                writer.writerow(("path", "reason"))
+                writer.writerows(sorted(reasons.items()))
+            listed = f"; all are listed in {path}"
+    except OSError as error:
+        print(f"{path} can't be written: {error.strerror}")
+    if reasons:
+        print(f"left out of {folder}: {count_reasons(reasons)}{listed}", flush=True)
+    return listed
