@@ -22,7 +22,6 @@ import numpy as np
 
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
-from common.data.folders import Selection
 from common.distributed import world
 from common.models.embedder import Embedder
 from common.report.pictures import Tile, draw_rows, search_row
@@ -144,7 +143,7 @@ def main(config: Config) -> None:
         embedder, _, folder = open_network(
             approach, import_module, results, config.index, cache, config.device, pretrained
         )
-        embed_part(embedder, folder, cache, Selection(config.exclude, lists=results))
+        embed_part(embedder, folder, cache, config.exclude)
         return
     only = config.only or None
     engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config, only)

@@ -18,7 +18,6 @@ PLUGINS = {  # formats that Pillow needs another package for: its module, and wh
     "RAW": ("rawpy", "rawpy"),
 }
 PILLOW_NAMES = {  # of the other formats, and of those of the plugins, in `Image.open`
-    "JPEG": ("JPEG", "MPO"),
     "JPEG 2000": ("JPEG2000",),
     "WebP": ("WEBP",),
     "HEIC": ("HEIF",),
@@ -119,7 +118,8 @@ def _load_anyway(data: bytes, kind: str, min_size: int, error: Exception) -> Ima
     A PNG without its texts and colour profile, which Pillow limits to 1 MB; a JPEG without its end, of which every
     viewer shows what there is, where that is nearly all.
     """
-    refusal = UnreadablePhotoError(f"damaged or truncated image ({error})")
+    why = "its header can't be read" if isinstance(error, PIL.UnidentifiedImageError) else error
+    refusal = UnreadablePhotoError(f"damaged or truncated image ({why})")
     with contextlib.suppress(Exception):
         if kind == "PNG":
             return _load(_without_texts(data), kind, min_size)

@@ -11,23 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from common.config import RunConfig
 from common.data.decode import SNIFFED_BYTES, image_format
 
 # Files of these names are photos until decoding says otherwise; of all others the first bytes are looked at.
 SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".heic",
-    ".heif",
-    ".avif",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".heic", ".heif", ".avif"),
 }
 CAT_OR_DOG = {"cat": "cat", "cats": "cat", "dog": "dog", "dogs": "dog"}
 KAGGLE_NAME = re.compile(r"(cat|dog)s?[._-]\d+", re.IGNORECASE)  # cat.123.jpg
@@ -42,32 +32,15 @@ OXFORD_DOGS = {
     *("keeshond", "leonberger", "miniature_pinscher", "newfoundland", "pomeranian", "pug", "saint_bernard", "samoyed"),
     *("scottish_terrier", "shiba_inu", "staffordshire_bull_terrier", "wheaten_terrier", "yorkshire_terrier"),
 }
-MAX_UNUSABLE = 0.1  # a larger fraction of unusable photos stops a run
 MAX_LISTED = 12  # classes in a message
 MIN_NAMED = 0.9  # of the photos in a folder: names tell classes where at least this fraction fits
 PART_OF_DATA = re.compile(r"(train|val|test|valid|dev|eval)(ing|idation|uation)?([_ -]?(set|data))?\d*", re.IGNORECASE)
 DATE = re.compile(r"\d[\d ._-]*")
 SYSTEM_FOLDERS = {  # of operating systems, network drives and programs; hidden ones are left out anyway
     *("__macosx", "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found", "found.000"),
-    *(
-        "temporary items",
-        "network trash folder",
-        "#recycle",
-        "@recycle",
-        "#snapshot",
-        "~snapshot",
-        "@recently-snapshot",
-    ),
-    *(
-        "@eadir",
-        "@tmp",
-        "@sharebin",
-        "@synoresource",
-        "ipod photo cache",
-        "node_modules",
-        "site-packages",
-        "__pycache__",
-    ),
+    *("temporary items", "network trash folder", "#recycle", "@recycle", "@recently-snapshot", "#snapshot"),
+    *("~snapshot", "@eadir", "@tmp", "@sharebin", "@synoresource", "ipod photo cache"),
+    *("node_modules", "site-packages", "__pycache__"),
 }
 PHOTO_MANAGERS = re.compile(r".*\.(photoslibrary|photolibrary|aplibrary|migratedphotolibrary)", re.IGNORECASE)
 ORIGINALS = {"originals", "masters"}  # what is a user's own inside such a library
@@ -80,7 +53,7 @@ class Selection:
     """Which files of a folder are used, and where those that are not are listed."""
 
     exclude: tuple[str, ...] = ()  # patterns, see `find_photos`
-    max_unusable: float = MAX_UNUSABLE  # of the photos, as a fraction; more stop a run
+    allow_unreadable: float = RunConfig.allow_unreadable  # of the photos, as a fraction; more stop a run
     lists: Path | None = None  # the folder for the list, None: none is written
 
 
@@ -261,8 +234,8 @@ def _classes_from_names(paths: list[str]) -> list[str | None] | None:
     breeds = [match[1] if match and match[1] in OXFORD_CATS | OXFORD_DOGS else None for match in matches]
     kaggle = [match[1].lower() if (match := KAGGLE_NAME.fullmatch(stem)) else None for stem in stems]
     oxford = [breed and ("cat" if breed in OXFORD_CATS else "dog") for breed in breeds]
+    parents = [path.rpartition("/")[0] for path in paths]
     for classes in (kaggle, oxford):
-        parents = [path.rpartition("/")[0] for path in paths]
         telling = {parent for parent, name in zip(parents, classes, strict=True) if name}
         inside = [name for parent, name in zip(parents, classes, strict=True) if parent in telling]
         if inside and sum(name is not None for name in inside) >= MIN_NAMED * len(inside):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from common.storage import atomic_write
 
+MAX_NAME = 100  # characters of the folder in the name of its list
+
 
 def count_reasons(reasons: Mapping[str, str]) -> str:
     """From {path: reason}: how many files there are of each reason and the first of them, the most frequent first."""
@@ -13,7 +15,7 @@ def count_reasons(reasons: Mapping[str, str]) -> str:
     for path, reason in reasons.items():
         groups.setdefault(reason.partition(" (")[0], []).append(path)  # details stand in brackets
     listed = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return "; ".join(f"{len(paths):,} {reason}, the first being {min(paths)}" for reason, paths in listed)
+    return "; ".join(f"{reason} ({len(paths):,}, the first being {min(paths)})" for reason, paths in listed)
 
 
 def report_left_out(folder: Path, reasons: Mapping[str, str], lists: Path | None) -> str:
@@ -21,7 +23,9 @@ def report_left_out(folder: Path, reasons: Mapping[str, str], lists: Path | None
 
     Returns "; all are listed in FILE" or "". Without anything to list, a list that an earlier run left is removed.
     """
-    path = lists and lists / f"left_out-{folder.resolve().name or 'root'}.csv"
+    whole = folder.resolve()  # two folders may have the same name
+    name = "-".join(whole.relative_to(whole.anchor).parts)[-MAX_NAME:]
+    path = lists and lists / f"left_out-{name}.csv"
     listed = ""
     try:
         if path and not reasons:

@@ -133,7 +133,7 @@ def load_photos(
     For runs that measure: photos of no class are skipped, and contents are kept in memory up to `MAX_KEPT_BYTES`.
     Prints which classes there are, and what was left out. `label` names the progress bar. Unless `labelled`, all photos
     are of the class `NO_CLASS`. Raises `UserError` if there is no such folder, no photo, or more than
-    `selection.max_unusable` of the photos can't be used.
+    `selection.allow_unreadable` of the photos can't be used.
     """
     found = _find(folder, selection)
     if labelled:
@@ -179,7 +179,7 @@ def load_library(
         hashes = _read(folder, paths, hashes, consumers, None, reasons, label)
         new = ~is_known & (hashes != b"")
         known.put(stamps[new], hashes[new])
-    return _photos(folder, found, hashes, reasons, FileStore(), dataclasses.replace(selection, max_unusable=1.0))
+    return _photos(folder, found, hashes, reasons, FileStore(), dataclasses.replace(selection, allow_unreadable=1.0))
 
 
 def _find(folder: Path, selection: Selection) -> Found:
@@ -263,7 +263,7 @@ def _photos(
     listed = report_left_out(folder, {**found.left_out, **reasons}, selection.lists)
     classes = {path: name for path, name in found.photos if name is not None}
     paths = [path for path, sha256 in zip(classes, hashes, strict=True) if sha256]
-    if len(reasons) > selection.max_unusable * len(found.photos) or not paths:
+    if len(reasons) > selection.allow_unreadable * len(found.photos) or not paths:
         allow = ", or allow more with --allow-unreadable" if paths else ""
         raise UserError(
             f"{len(reasons):,} of {len(found.photos):,} photos in {folder} can't be used ({count_reasons(reasons)}"

@@ -120,14 +120,13 @@ class Run(Generic[ConfigT]):
 
     def _load_photos(self, consumers: Sequence[FileConsumer]) -> Split:
         config = self.config
-        selection = Selection(config.exclude, config.allow_unreadable, Path(config.results))
-        of_what = config.queries, config.split, config.seed, consumers, config.labelled, selection
-        split = load_split(self.folder, *of_what)
+        chosen = Selection(config.exclude, config.allow_unreadable, Path(config.results))
+        split = load_split(self.folder, config.queries, config.split, config.seed, consumers, config.labelled, chosen)
         for folder in map(Path, config.also):
             name = folder.absolute().name  # that of . would be empty
             if name in self.also:
                 raise UserError(f"two folders of --also are called {name}: rename one, as results go by names")
-            self.also[name] = leave_one_out(load_photos(folder, consumers, f"reading {name}", selection=selection))
+            self.also[name] = leave_one_out(load_photos(folder, consumers, f"reading {name}", selection=chosen))
         return split
 
     def measure_baseline(self, name: str, embedder: Embedder, split: Split) -> None:

@@ -206,12 +206,14 @@ def load_engine(
     return SearchEngine(approach, embedder, chosen, knn)
 
 
-def embed_part(embedder: Embedder, folder: Path, cache: Path | None, selection: Selection) -> None:
+def embed_part(embedder: Embedder, folder: Path, cache: Path | None, exclude: tuple[str, ...] = ()) -> None:
     """Embeds this process's part of the photos in `folder`, and leaves it in `cache`. Raises `UserError`."""
     if cache is None:
         raise UserError("several processes share embeddings in a folder: name one with --cache")
     rank, size = world()
-    photos = load_library(folder, [embedder], cache, f"embedding part {rank + 1} of {size}", world(), selection)
+    photos = load_library(
+        folder, [embedder], cache, f"embedding part {rank + 1} of {size}", world(), Selection(exclude)
+    )
     print(f"part {rank + 1} of {size}: {len(photos):,} photos are embedded, {len(photos.skipped):,} skipped")
 
 

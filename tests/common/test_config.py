@@ -192,3 +192,18 @@ def test_which_hyperparameters_have_a_range():
         "port": (1, 65_535),
         "max_megabytes": (1, 10_000),
     }
+
+
+def test_a_home_folder_is_expanded_behind_the_equals_sign_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config = parse_config(config_of("search"), "", ["~/a.jpg", "b~.jpg", "--index=~/Pictures", "--exclude=~snapshot"])
+    assert config.photos == (str(tmp_path / "a.jpg"), "b~.jpg")
+    assert (config.index, config.exclude) == (str(tmp_path / "Pictures"), ("~snapshot",))
+
+
+def test_patterns_to_exclude_may_be_repeated_and_leave_the_photos_alone():
+    searched = parse_config(config_of("search"), "", ["--exclude", "*.gif", "a.jpg", "--exclude", "raw/", "b.jpg"])
+    assert (searched.exclude, searched.photos) == (("*.gif", "raw/"), ("a.jpg", "b.jpg"))
+    trained = parse_config(config_of("siamese"), "", ["--exclude", "*.gif", "raw/", "--exclude", "old"])
+    assert trained.exclude == ("*.gif", "raw/", "old")

@@ -108,11 +108,12 @@ NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(256, size=(64,
         (b"", "empty file"),
         (b"not a photo at all", "not a photo"),
         (NOISE[:1500], "damaged or truncated"),
-        (NOISE[:60], "damaged or truncated"),
+        (NOISE[:60], r"damaged or truncated image \(its header can't be read\)"),
+        (NOISE[:3], r"damaged or truncated image \(its header can't be read\)"),
         (bomb(60_000, 60_000), "120,000,000 pixels"),
         (bomb(12_001, 10_000), r"more than 120,000,000 pixels \(12001 x 10000\)"),
     ],
-    ids=["empty", "text", "truncated", "headless", "bomb", "large"],
+    ids=["empty", "text", "truncated", "headless", "magic", "bomb", "large"],
 )
 def test_what_cannot_be_decoded_says_why(data, reason):
     with pytest.raises(UnreadablePhotoError, match=reason):

@@ -131,7 +131,7 @@ def test_links_are_followed_once(tmp_path):
 def test_photos_are_known_by_their_content_and_all_else_has_a_reason(tmp_path):
     folder = tree(tmp_path, "a/1.jpg", "raw/2.png", "drafts/3.png")
     photo = (folder / "a" / "1.jpg").read_bytes()
-    (folder / "a" / "IMG_1.HEIC").write_bytes(photo)  # a JPEG in truth
+    (folder / "a" / "IMG_1.HEIC").write_bytes(photo)  # really a JPEG
     (folder / "a" / "without_suffix").write_bytes(photo)
     (folder / "a" / "notes.txt").write_text("x")
     (folder / "a" / ".hidden.jpg").write_bytes(photo)

@@ -72,7 +72,7 @@ def test_a_library_may_hold_unusable_files_and_photos_of_no_class(tmp_path, read
 
 def test_a_library_without_a_usable_photo_stops(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 of 1 photos in .* \(1 empty file, the first being broken\.png\)"):
+    with pytest.raises(UserError, match=r"1 of 1 photos in .* \(empty file \(1, the first being broken\.png\)\)"):
         load_library(tmp_path, [DecodingConsumer()], None, "")
 
 
@@ -81,3 +81,16 @@ def test_what_a_library_read_is_not_kept_in_memory(tmp_path, reads):
     reads.clear()
     assert hash_content(loaded.read(0)) == loaded.sha256[0]
     assert reads == ["0.png"]
+
+
+def test_a_file_replaced_at_equal_size_and_time_is_read_again(tmp_path):
+    folder, cache = numbered(tmp_path / "mine", 2), tmp_path / "cache"
+    path = folder / "a" / "0.png"
+    path.write_bytes(b"x" * 100)
+    before = load_library(folder, [], cache, "")
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(b"y" * 100)
+    os.utime(path, ns=times)
+    after = load_library(folder, [], cache, "")
+    assert after.sha256[0] == sha256_of(path) != before.sha256[0]
+    assert after.sha256[1] == before.sha256[1]

@@ -94,3 +94,15 @@ def test_a_gallery_that_is_gone(trained, tmp_path):
     dataclasses.replace(stored, folder=str(tmp_path / "gone")).save(tmp_path / "siamese.pt")
     with pytest.raises(UserError, match=r"the gallery of siamese\.py, .*gone, is gone: name a folder .* --index"):
         load("siamese", tmp_path)
+
+
+def test_a_gallery_that_has_shrunk_since_training_is_searched_whole(trained, synthetic_photos, tmp_path, capsys):
+    pets, results = tmp_path / "pets", tmp_path / "results"
+    shutil.copytree(synthetic_photos, pets)
+    for path in [*sorted((pets / "cat").iterdir())[1:], *sorted((pets / "dog").iterdir())[1:]]:
+        path.unlink()
+    checkpoint = Checkpoint.load(trained / "siamese.pt")
+    dataclasses.replace(checkpoint, folder=str(pets)).save(results / "siamese.pt")
+    engine = load("siamese", results)
+    assert len(engine.gallery) == 2
+    assert "searching all photos, the queries of the run too: " in capsys.readouterr().out
