@@ -108,7 +108,7 @@ NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(256, size=(64,
         (b"", "empty file"),
         (b"not a photo at all", "not a photo"),
         (NOISE[:1500], "damaged or truncated"),
-        (NOISE[:60], r"damaged or truncated image \(its header can't be read\)"),
+        (NOISE[:60], "damaged or truncated"),
         (NOISE[:3], r"damaged or truncated image \(its header can't be read\)"),
         (bomb(60_000, 60_000), "120,000,000 pixels"),
         (bomb(12_001, 10_000), r"more than 120,000,000 pixels \(12001 x 10000\)"),
@@ -171,8 +171,7 @@ def test_heic_is_decoded_upright_where_its_package_is_installed():
 
 def test_jpeg_xl_is_decoded_where_its_package_is_installed():
     pytest.importorskip("pillow_jxl")
-    pixel = decode_photo(encoded(RED, "JXL", lossless=True)).getpixel((0, 0))
-    assert pixel == (255, 0, 0)
+    assert decode_photo(encoded(RED, "JXL", lossless=True)).getpixel((0, 0)) == (255, 0, 0)
 
 
 class RawFile:
