@@ -254,7 +254,7 @@ def result_column(gradio: ModuleType, name: str) -> tuple[Any, Any, Any]:
         gallery = gradio.Gallery(
             columns=5,
             height="auto",
-            object_fit="cover",
+            object_fit="contain",
             allow_preview=False,
             show_label=False,
             format="jpeg",

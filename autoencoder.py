@@ -57,7 +57,7 @@ class Config(RunConfig):
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the backbone's last feature maps; 1: average
     image_size: Annotated[int, Range(0, 4096)] = 224  # pixels, square; 0: what the weights were trained with
-    whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
+    whole_photo: bool = True  # squeezed into the square; False: the centre, as the weights were trained with
     semantic_dim: Annotated[int, Range(1, 65_536)] = 256  # of the code: what the CNN sees
     appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 384  # of the code: what the photo looks like
     appearance_weight: Annotated[float, Range(0.01, 100)] = 0.2  # of its length in the code, relative to semantics

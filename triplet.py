@@ -39,7 +39,7 @@ from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
 from common.report.run import Run, Task
 
-SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96)}  # (default, quick run)
+SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (8, 5)}  # (default, quick run)
 
 
 @dataclass
@@ -50,28 +50,28 @@ class Config(RunConfig):
     backbone: str = "resnet18"  # any classification network of torchvision: vgg16, squeezenet1_1, convnext_tiny ...
     weights: str = "DEFAULT"  # torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none"
     image_size: Annotated[int, Range(0, 4096)] = 224  # pixels, square; 0: what the weights were trained with
-    whole_photo: bool = True  # False crops the edges, as the transforms that come with the weights do
+    whole_photo: bool = True  # squeezed into the square; False: the centre, as the weights were trained with
     pooling: Annotated[float, Range(1, 6)] = 3.0  # exponent of GeM over the last feature maps; 1: average pooling
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
     kind_weight: Annotated[float, Range(0, 1000)] = (
-        1.0  # of its length in the embedding; 0: no such head; timm and untrained: none
+        0.8  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.5  # of its length in the embedding; 0: no such head
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
 
     # Triplet loss; Euclidean distances between unit vectors, in [0, 2]
     margin: Annotated[float, Range(0, 2)] = 0.2  # by which an anchor is to be nearer to its positive than its negative
     mining: Literal["batch_hard", "semi_hard", "batch_all"] = "semi_hard"  # which triplets of a batch count
-    view_weight: Annotated[float, Range(0, 1e6)] = 1.0  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
+    view_weight: Annotated[float, Range(0, 1e6)] = 0.2  # of InfoNCE on two views of a photo; 0: one view, no InfoNCE
     temperature: Annotated[float, Range(0.001, 10)] = 0.05  # of InfoNCE: a lower one puts more weight on hard negatives
-    feature_weight: Annotated[float, Range(0, 1e6)] = 4.0  # of keeping pre-trained features and probabilities; 0: off
+    feature_weight: Annotated[float, Range(0, 1e6)] = 0.4  # of keeping pre-trained features and probabilities; 0: off
     whitening: Annotated[float, Range(0, 1)] = 0.5  # of what to keep: how far their variances are made equal
 
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
-    min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
-    epochs: Annotated[int, Range(0, 100_000)] = 5  # passes over the training photos
+    min_crop_area: Annotated[float, Range(0.01, 1)] = 0.2  # of a view, as a fraction of the photo
+    epochs: Annotated[int, Range(0, 100_000)] = 8  # passes over the training photos
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step; triplets are of their views
     learning_rate: Annotated[float, Range(1e-9, 10)] = 3e-4  # peak, of AdamW
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # of AdamW

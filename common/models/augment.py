@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from common.distributed import own_rows, world
 
-STRETCH, SHEAR = 0.25, 0.2  # width to height times e^+-(2 STRETCH); how far edges tilt, as a fraction of a crop's side
-JITTER, HUE = 0.5, 0.05  # brightness, contrast and saturation times 1 +- JITTER; hue +- HUE of the colour circle
+STRETCH, SHEAR = 0.25, 0.25  # width to height times e^+-(2 STRETCH); how far edges tilt, as a fraction of a crop's side
+JITTER, HUE = 0.6, 0.05  # brightness, contrast and saturation times 1 +- JITTER; hue +- HUE of the colour circle
 ERASED = (0.02, 0.2)  # area of the erased rectangle, as a fraction of the view; half of the views have one
-LOW_RESOLUTION = 0.25  # of half of the views, at least, as a fraction of their side
+LOW_RESOLUTION = 0.15  # of half of the views, at least, as a fraction of their side
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 # RGB -> a grey axis and two colour axes, in which a rotation changes the hue alone (NTSC's YIQ)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))

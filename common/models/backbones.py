@@ -41,8 +41,8 @@ def load_backbone(
         weights: a name of torchvision ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or "none".
         image_size: pixels; 0 is what the weights were trained with.
         pooling: the exponent of `GeM` over the last feature maps, 1 to 6.
-        whole_photo: resize the photo's shorter side to `image_size`; otherwise to a little more, and crop the edges, as
-            the transforms that come with the weights do. Either way the centre square of a photo that isn't square.
+        whole_photo: see the whole photo, squeezed into a square; otherwise its centre square without the edges, as the
+            transforms that come with the weights do.
         untrained_if_missing: where named weights are not available, use random ones instead of raising.
 
     Raises:
@@ -107,7 +107,7 @@ def load_preprocessing(name: str, weights: str, image_size: int, whole_photo: bo
     choices = weights_enum(name)
     preset = (choices[weights] if weights in choices.__members__ else choices["DEFAULT"]).transforms()
     crop = image_size or preset.crop_size[0]
-    resize = crop if whole_photo else round(crop * preset.resize_size[0] / preset.crop_size[0])
+    resize = 0 if whole_photo else round(crop * preset.resize_size[0] / preset.crop_size[0])
     return Preprocessing(resize, crop, preset.interpolation, tuple(preset.mean), tuple(preset.std))
 
 

@@ -16,8 +16,8 @@ from common.data.decode import VERSION, decode_photo
 class Preprocessing:
     """Sizes in pixels; `mean` and `std` of RGB values in [0, 1]."""
 
-    resize: int  # of the shorter side
-    crop: int  # side of the square cut from the centre
+    resize: int  # of the shorter side, before the centre is cut out; 0: the whole photo is squeezed into the square
+    crop: int  # side of the square
     interpolation: InterpolationMode
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -33,18 +33,23 @@ class Preprocessing:
         That makes a camera's photos several times faster to decode. `fraction`: of the photo's sides that will be used.
         Raises `UnreadablePhotoError`.
         """
-        return decode_photo(data, min_size=round(2 * self.resize / fraction))
+        return decode_photo(data, min_size=round(2 * (self.resize or self.crop) / fraction))
 
     def resize_crop(self, image: Image.Image) -> np.ndarray:
-        """uint8 [crop, crop, 3] from an RGB image: torchvision's Resize and CenterCrop in one step, which computes no
-        pixel that the crop discards.
+        """uint8 [crop, crop, 3] from an RGB image.
+
+        The whole of it, or torchvision's Resize and CenterCrop in one step, which computes no pixel that the crop
+        discards.
         """
+        size, interpolation = (self.crop, self.crop), Image.Resampling[self.interpolation.name]
+        if not self.resize:
+            return np.array(image.resize(size, interpolation))
         width, height, shorter = image.width, image.height, min(image.size)
         resized = int(self.resize * width / shorter), int(self.resize * height / shorter)
         left, top = round((resized[0] - self.crop) / 2), round((resized[1] - self.crop) / 2)
         scale_x, scale_y = width / resized[0], height / resized[1]
         box = (left * scale_x, top * scale_y, (left + self.crop) * scale_x, (top + self.crop) * scale_y)
-        return np.array(image.resize((self.crop, self.crop), Image.Resampling[self.interpolation.name], box))
+        return np.array(image.resize(size, interpolation, box))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, S, S] from RGB values in [0, 255], [B, S, S, 3]; the memory layout stays."""

@@ -92,6 +92,6 @@ def _preprocessing(network: nn.Module, image_size: int, whole_photo: bool) -> Pr
     (data,) = require("timm.data")
     config = data.resolve_model_data_config(network)
     crop = image_size or config["input_size"][-1]
-    resize = crop if whole_photo else round(crop / config["crop_pct"])
+    resize = 0 if whole_photo else round(crop / config["crop_pct"])
     interpolation = InterpolationMode[config["interpolation"].upper()]
     return Preprocessing(resize, crop, interpolation, tuple(config["mean"]), tuple(config["std"]))

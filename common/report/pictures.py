@@ -84,11 +84,13 @@ def draw_rows(heading: str, subheading: str, rows: Iterable[list[Tile]]) -> Imag
 
     for y, row in zip(itertools.count(top, row_height), rows, strict=False):
         for x, tile in zip(itertools.chain((MARGIN,), itertools.count(first, TILE + GAP)), row, strict=False):
-            size = TILE - 2 * FRAME
-            photo = ImageOps.fit(tile.image, (size, size), Image.Resampling.LANCZOS)
+            photo = ImageOps.contain(tile.image, (TILE - 2 * FRAME, TILE - 2 * FRAME), Image.Resampling.LANCZOS)
+            left, upper = x + (TILE - photo.width) // 2, y + (TILE - photo.height) // 2
             if tile.frame:
-                draw.rounded_rectangle((x, y, x + TILE - 1, y + TILE - 1), FRAME, tile.frame)
-            picture.paste(photo, (x + FRAME, y + FRAME))
+                right, lower = left + photo.width, upper + photo.height
+                outline = left - FRAME, upper - FRAME, right + FRAME - 1, lower + FRAME - 1
+                draw.rounded_rectangle(outline, FRAME, tile.frame)
+            picture.paste(photo, (left, upper))
             draw.text((x + TILE / 2, y + TILE + 4), shorten(tile.label, small), INK, small, anchor="ma")
     return picture
 

@@ -41,6 +41,22 @@ def test_resize_crop_takes_the_centre():
     assert np.array_equal(preprocessing.resize_crop(upright), small[:, 1:5].swapaxes(0, 1))
 
 
+def test_the_whole_of_a_wide_or_tall_photo_is_seen():
+    """Two photos alike in their middle square alone are told apart; a square one is as before."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(256, size=(40, 120, 3), dtype=np.uint8) for _ in range(2))
+    second[:, 40:80] = first[:, 40:80]
+    whole = load_preprocessing("resnet18", "none", 40, whole_photo=True)
+    centre = Preprocessing(40, 40, whole.interpolation, whole.mean, whole.std)
+    for turn in (lambda pixels: pixels, lambda pixels: pixels.swapaxes(0, 1).copy()):
+        one, two = (Image.fromarray(turn(pixels)) for pixels in (first, second))
+        assert np.array_equal(centre.resize_crop(one), centre.resize_crop(two))
+        assert (whole.resize_crop(one) != whole.resize_crop(two)).mean() > 0.5
+    assert np.array_equal(whole.resize_crop(one), np.asarray(one.resize((40, 40), Image.Resampling.BILINEAR)))
+    square = Image.fromarray(first[:, :40])
+    assert np.array_equal(whole.resize_crop(square), centre.resize_crop(square))
+
+
 def test_normalize_by_hand():
     images = torch.tensor([255, 51, 102], dtype=torch.uint8).view(1, 1, 1, 3)
     normalized = SMALL.normalize(images)

@@ -38,7 +38,7 @@ def test_features_and_preprocessing_are_those_of_timm(lite0):
 
 def test_size_and_whole_photo():
     preprocessing = load_backbone("timm/test_efficientnet", "none", image_size=96, whole_photo=True).preprocessing
-    assert (preprocessing.crop, preprocessing.resize) == (96, 96)
+    assert (preprocessing.crop, preprocessing.resize) == (96, 0)
     network = load_backbone("timm/test_vit", "none", image_size=96).network  # 160 by default
     assert network(torch.rand(1, 3, 96, 96)).shape == (1, 64)
 
