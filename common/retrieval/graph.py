@@ -3,8 +3,9 @@ Neighbor Search Using Hierarchical Navigable Small World Graphs), on faiss.
 
 HNSW comes down through levels of fewer and fewer photos to a single one of the lowest level, and searches on from there.
 Where photos form many tight groups, such as copies and bursts, their links stay within the group, and that search does
-not get out of it. So here it starts from `ENTRIES` photos at once: those that a second, small graph of one photo in
-`ENTRY_SHARE` finds nearest to the query.
+not get out of it. So here it starts from `ENTRIES` photos at once: those that a second, small graph finds nearest to the
+query among the photos that most links lead to, one in `ENTRY_SHARE` (Munyampirwa, Lakshman and Coleman 2024, Down with
+the Hierarchy: The 'H' in HNSW Stands for "Hubs").
 
 A graph is saved with the ids of its photos and mapped into memory by the next start. It is never changed: photos that
 are gone since are masked, new ones are searched exactly beside it, and where both together are more than `MAX_CHANGE`
@@ -127,10 +128,10 @@ class GraphKNN(ApproximateKNN):
     def _build(self, folder: Path | None, ids: np.ndarray) -> tuple[Graph, np.ndarray]:
         """A graph of the whole gallery, saved in `folder`, and the gallery index of each of its rows."""
         count = len(self.gallery)
-        entry_rows = _choose_entries(count)
-        with tqdm(desc="building the graph", total=count + len(entry_rows), unit=" photos") as bar:
-            index, entries = (self._connect(rows, bar) for rows in (np.arange(count), entry_rows))
-        graph = Graph(index, entries, entry_rows)
+        with tqdm(desc="building the graph", total=count + count // ENTRY_SHARE, unit=" photos") as bar:
+            index = self._connect(np.arange(count), bar)
+            entry_rows = _choose_entries(self.faiss, index)
+            graph = Graph(index, self._connect(entry_rows, bar), entry_rows)
         if folder:
             self._save(graph, folder, ids)
         return graph, np.arange(count)
@@ -192,9 +193,16 @@ def _empty_graph(faiss: ModuleType, dim: int, code: str) -> Any:
     return faiss.IndexHNSWSQ(dim, kind, LINKS, faiss.METRIC_INNER_PRODUCT)
 
 
-def _choose_entries(count: int) -> np.ndarray:
-    """int32 [E], ascending: rows of `count` from which a search may start."""
-    chosen = np.random.default_rng(0).choice(count, min(count, max(ENTRIES, count // ENTRY_SHARE)), replace=False)
+def _choose_entries(faiss: ModuleType, graph: Any) -> np.ndarray:
+    """int32 [E], ascending: the rows that most links of the lowest level lead to."""
+    links, offsets = (faiss.vector_to_array(each) for each in (graph.hnsw.neighbors, graph.hnsw.offsets))
+    first = offsets[:-1].astype(np.int64)[:, None]
+    count, lowest = graph.ntotal, np.arange(graph.hnsw.nb_neighbors(0))
+    num_links = np.zeros(count, np.int64)
+    for start in range(0, count, ADDED_AT_A_TIME):
+        found = links[first[start : start + ADDED_AT_A_TIME] + lowest]
+        num_links += np.bincount(found[found >= 0], minlength=count)
+    chosen = np.argsort(-num_links, kind="stable")[: max(ENTRIES, count // ENTRY_SHARE)]
     return np.sort(chosen).astype(np.int32)
 
 

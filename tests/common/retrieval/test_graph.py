@@ -151,20 +151,27 @@ def test_eight_bits_take_less_memory(vectors):
 
 
 def test_tight_groups_are_found_from_many_entries(monkeypatch):
-    """Bursts of photos link to each other alone: from one entry, a search stays in the group that it has met first."""
+    """Photos with dozens of copies: from one entry, a search stays among the copies that it has met first."""
     rng = np.random.default_rng(0)
-    groups = rng.normal(size=(150, 48)).repeat(52, axis=0)
-    gallery = normalize(groups + 0.3 * rng.normal(size=groups.shape))
-    queries = normalize(groups[::52] + 0.3 * rng.normal(size=(150, 48)))
+    originals = rng.normal(size=(300, 96))
+    copies = originals.repeat(39, axis=0) + 0.1 * rng.normal(size=(300 * 39, 96))
+    gallery = normalize(rng.permutation(np.concatenate([originals, copies])))
+    queries, own = normalize(rng.normal(size=(200, 96))), np.arange(0, len(gallery), 40)
     index = GraphKNN(gallery, ids(len(gallery)), None)
-    assert index.measure_recall(queries) > 0.97
-    assert index.measure_recall(gallery[::40], exclude=np.arange(len(gallery))[::40]) > 0.97
+    assert index.measure_recall(queries) > 0.85
+    assert index.measure_recall(gallery[own], exclude=own) > 0.95
     monkeypatch.setattr(graph, "ENTRIES", 1)
-    assert index.measure_recall(queries) < 0.9
+    assert index.measure_recall(queries) < 0.7
 
 
-def test_photos_cut_off_from_the_graph_are_searched_exactly():
-    vectors = np.zeros((50, 4), np.float32)
-    vectors[:25, 0], vectors[25:, 1] = 1, 1
-    index = GraphKNN(vectors, ids(50), None)
-    assert sorted(index.search(vectors[:1], 50)[1][0]) == list(range(50))
+def test_a_search_starts_from_what_most_links_lead_to(vectors):
+    index = GraphKNN(vectors, ids(2200), None)
+    faiss_graph, _, entry_rows = index.graph
+    hnsw, num_links = faiss_graph.hnsw, np.zeros(2200, int)
+    links, offsets = (index.faiss.vector_to_array(each) for each in (hnsw.neighbors, hnsw.offsets))
+    for first in offsets[:-1].astype(int):
+        for link in links[first : first + 32]:  # -1: no more
+            num_links[link] += link >= 0
+    assert len(entry_rows) == 2200 // 16
+    assert num_links[entry_rows].min() >= np.sort(num_links)[-137]
+    assert index.bytes_per_photo > (24 * 4 + 32 * 4) * (1 + 1 / 17)
