@@ -1,11 +1,11 @@
 """Approximate k nearest neighbours by a graph: HNSW (Malkov and Yashunin 2020, Efficient and Robust Approximate Nearest
 Neighbor Search Using Hierarchical Navigable Small World Graphs), on faiss.
 
-HNSW comes down through levels of fewer and fewer photos to a single one of the lowest level, and searches on from there.
+HNSW comes down through levels of fewer and fewer photos to a single one of the lowest level, and searches on from it.
 Where photos form many tight groups, such as copies and bursts, their links stay within the group, and that search does
-not get out of it. So here it starts from `ENTRIES` photos at once: those that a second, small graph finds nearest to the
-query among the photos that most links lead to, one in `ENTRY_SHARE` (Munyampirwa, Lakshman and Coleman 2024, Down with
-the Hierarchy: The 'H' in HNSW Stands for "Hubs").
+not get out of it. So here it starts from `ENTRIES` photos at once: those that a second, small graph finds nearest to
+the query among the photos that most links lead to, one in `ENTRY_SHARE` (Munyampirwa, Lakshman and Coleman 2024, Down
+with the Hierarchy: The 'H' in HNSW Stands for "Hubs").
 
 A graph is saved with the ids of its photos and mapped into memory by the next start. It is never changed: photos that
 are gone since are masked, new ones are searched exactly beside it, and where both together are more than `MAX_CHANGE`
