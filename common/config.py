@@ -2,20 +2,22 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
 import io
-import os
 import re
+import signal
 import sys
 import textwrap
 import tokenize
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from common.process import Terminated, quiet_unless_first, terminated_like_ctrl_c
 
 ConfigT = TypeVar("ConfigT")
 
@@ -164,13 +166,14 @@ def apply_overrides(config: ConfigT, overrides: Mapping[str, tuple[Any, Any]]) -
 def run_script(main: Callable[[Any], Any], config_class: type, description: str | None) -> None:
     """Runs `main(config)` as a program.
 
-    Exit code 2 and one sentence for a `UserError` or a file that can't be read or written, 130 for Ctrl-C.
+    Exit code 2 and one sentence for a `UserError` or a file that can't be read or written; 130 for Ctrl-C, 143 for
+    SIGTERM and 129 for SIGHUP, which a closed terminal sends.
     """
     for stream in (sys.stdout, sys.stderr):  # a photo's name may contain what the terminal's encoding can't show
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _quiet_unless_first():
+        with quiet_unless_first(), terminated_like_ctrl_c():
             main(parse_config(config_class, description or ""))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -180,20 +183,12 @@ def run_script(main: Callable[[Any], Any], config_class: type, description: str 
             raise
         print("error: " + (f"{error.filename}: " if error.filename else "") + str(error.strerror), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         hint = ": --resume continues after the last complete epoch" if issubclass(config_class, RunConfig) else ""
-        print(f"stopped{hint}", file=sys.stderr)
-        sys.exit(130)
-
-
-@contextmanager
-def _quiet_unless_first() -> Iterator[None]:
-    """Of the processes that torchrun starts on a machine, only the first one prints, but for errors."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        yield
-        return
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"stopped{hint}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def field_comments(config_class: type) -> dict[str, str]:

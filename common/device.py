@@ -9,10 +9,15 @@ from pathlib import Path
 import torch
 
 from common.config import UserError
+from common.process import num_cores
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first available of CUDA, MPS and CPU. Raises `UserError`."""
+    """The device called `name`; "auto" is the first available of CUDA, MPS and CPU. Raises `UserError`.
+
+    torch gets no more threads than a container allows.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

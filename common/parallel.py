@@ -1,11 +1,12 @@
 """Work spread over the cores."""
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from common.process import num_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,7 +24,7 @@ def parallel_map(
     iterator = iter(items)
     chunks = iter(lambda: list(itertools.islice(iterator, chunksize)), [])
     pending: deque[Future[list[Result]]] = deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         try:
             for chunk in chunks:
                 pending.append(pool.submit(lambda chunk: [function(item) for item in chunk], chunk))

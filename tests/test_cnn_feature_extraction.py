@@ -147,7 +147,7 @@ def test_mistakes_end_with_2_and_one_sentence(run_script, synthetic_photos, tmp_
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ on Windows")
-@pytest.mark.parametrize("stop", ["SIGINT", "SIGKILL"])  # by name: Windows has no SIGKILL
+@pytest.mark.parametrize("stop", ["SIGTERM", "SIGKILL"])  # by name: Windows has no SIGKILL
 def test_stopped_while_embedding(synthetic_photos, tmp_path, offline, run_script, stop):
     slow = ("--data", str(synthetic_photos), "--backbone", "vgg16", "--weights", "none", "--image-size", "224")
     command = [sys.executable, str(ROOT / SCRIPT), *slow]
@@ -160,7 +160,7 @@ def test_stopped_while_embedding(synthetic_photos, tmp_path, offline, run_script
         time.sleep(1)
         running.send_signal(getattr(signal, stop))
         _, error = running.communicate(timeout=60)
-    assert running.returncode == (130 if stop == "SIGINT" else -9)
+    assert running.returncode == (143 if stop == "SIGTERM" else -9)
     assert b"Traceback" not in error
     assert list((tmp_path / "results").glob("*")) == []  # the folder may not exist yet
     left = [path.name for path in (tmp_path / "data").rglob("*") if path.is_file()]
