@@ -20,15 +20,15 @@ from PIL import Image
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError, decode_photo
 from common.extras import require
-from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult, load_available, load_engine
+from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult
+from common.retrieval.loading import load_available, load_engine
 from common.retrieval.metrics import majority_vote
+from common.serving import bypass_proxy, required_password
 from common.storage import atomic_write, cache_folder
 
 ALL = "all side by side"
 NUM_EXAMPLES = 6  # photos to begin with
 THUMBNAIL = 360  # pixels, at most, of a result
-MIN_REGION = 0.05  # of a side of the photo
-CLICK_REGION = 0.5  # the same, of the region around a click
 EDGES = {
     "left, % of the width": 0,
     "right, % of the width": 100,
@@ -54,6 +54,7 @@ class Config(EngineConfig):
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
     backbone: str = "resnet18"  # the pre-trained network that searches index where nothing has been trained
     weights: str = "DEFAULT"  # its weights: torchvision's name, or the path of a state dict
+    host: str = "127.0.0.1"  # this machine alone; "0.0.0.0": whoever reaches it, with the name:password in PAGE_AUTH
     port: Annotated[int, Range(1, 65_535)] = 7860  # the page is at http://127.0.0.1:port
     max_megabytes: Annotated[int, Range(1, 10_000)] = 50  # of a photo's file
     open_browser: bool = True  # once the page is ready
@@ -84,7 +85,7 @@ def example_photos(engine: SearchEngine) -> list[str]:
 def thumbnails(engine: SearchEngine, result: SearchResult) -> list[tuple[Image.Image, str]]:
     """The results as the page shows them: photo, class and similarity."""
     return [
-        (engine.thumbnail(index, THUMBNAIL), f"{engine.gallery.class_name(index)} {similarity:.3f}".strip())
+        (result.thumbnails[index], f"{engine.gallery.class_name(index)} {similarity:.3f}".strip())
         for index, similarity in zip(result.indices, result.similarities, strict=True)
     ]
 
@@ -96,31 +97,16 @@ def describe(engine: SearchEngine, result: SearchResult) -> str:
     if result.indices:
         labels = engine.gallery.labels[result.indices]
         (winner,) = majority_vote(labels[None], len(labels))
-        name = engine.gallery.classes[winner]
+        name = engine.gallery.classes[winner] if len(engine.gallery.classes) > 1 else ""
         votes = f"{(labels == winner).sum()} of {len(labels)} are **{name}**. " if name else ""
         lines.append(f"{votes}{len(engine.gallery):,} photos searched: {times}.")
     else:
         lines.append("The gallery has no other photo.")
+    lines += [f"Left out: {reason}." for reason in result.lost.values()]
     if result.exact_duplicates:
         paths = " and ".join(engine.gallery.paths[index] for index in result.exact_duplicates)
         lines.append(f"The same file is in the gallery, as {paths}, and left out.")
     return "\n\n".join(lines)
-
-
-def region_from_sliders(left: float, right: float, top: float, bottom: float) -> Region:
-    """From edges in %; at least `MIN_REGION` wide and high."""
-    left, right, top, bottom = (value / 100 for value in (*sorted((left, right)), *sorted((top, bottom))))
-    left, top = min(left, 1 - MIN_REGION), min(top, 1 - MIN_REGION)
-    return Region(left, top, max(right, left + MIN_REGION), max(bottom, top + MIN_REGION))
-
-
-def edges_around(point: tuple[int, int], size: tuple[int, int]) -> list[int]:
-    """Left, right, top, bottom in % of the region around a point of a photo of that size, both x and y in pixels."""
-    edges = []
-    for position, length in zip(point, size, strict=True):
-        start = min(max(position / length - CLICK_REGION / 2, 0), 1 - CLICK_REGION)
-        edges += [round(100 * start), round(100 * (start + CLICK_REGION))]
-    return edges
 
 
 def search_handler(engines: dict[str, SearchEngine], gradio: ModuleType) -> Callable[..., list]:
@@ -133,10 +119,10 @@ def search_handler(engines: dict[str, SearchEngine], gradio: ModuleType) -> Call
         if not path:
             return ["The most similar photos appear here.", *nothing]
         chosen = list(engines) if choice == ALL else [choice]
-        region = region_from_sliders(*edges)
+        region = Region.from_edges(*edges)
         try:
             data = Path(path).read_bytes()
-            results = {name: engines[name].search(data, int(k), region) for name in chosen}
+            results = {name: engines[name].search_and_show(data, int(k), THUMBNAIL, region) for name in chosen}
             columns: list[Any] = []
             for name, engine in engines.items():
                 if name in results:
@@ -146,7 +132,7 @@ def search_handler(engines: dict[str, SearchEngine], gradio: ModuleType) -> Call
                     columns += [gradio.update(visible=False), "", None]
         except UnreadablePhotoError as error:
             return [f"**This file can't be searched with:** {error}.", *nothing]
-        except UserError as error:  # a photo of the gallery has changed
+        except UserError as error:  # a server of the database, say
             return [f"**The search failed:** {error}.", *nothing]
         except OSError:  # uploads are kept for a day
             return ["**The photo has expired:** upload it again.", *nothing]
@@ -165,8 +151,13 @@ def result_handler(engine: SearchEngine, gradio: ModuleType, folder: Path) -> Ca
     def handle(indices: dict[str, list[int]], event: gradio.SelectData) -> str:  # type: ignore[name-defined]
         index = indices[engine.approach][event.index]
         path = folder / f"{engine.gallery.sha256[index].decode()}{engine.gallery.path(index).suffix}"
+        try:
+            data = engine.gallery.read(index)
+        except UserError as error:  # it has gone or changed since
+            gradio.Warning(str(error))
+            return gradio.skip()
         with atomic_write(path) as temporary:
-            temporary.write_bytes(engine.gallery.read(index))
+            temporary.write_bytes(data)
         return str(path)
 
     return handle
@@ -177,7 +168,8 @@ def click_handler(gradio: ModuleType) -> Callable[[str, Any], list[int]]:
 
     def handle(path: str, event: gradio.SelectData) -> list[int]:  # type: ignore[name-defined]
         try:
-            return edges_around(event.index, decode_photo(Path(path).read_bytes()).size)
+            region = Region.around(event.index, decode_photo(Path(path).read_bytes()).size)
+            return [round(100 * edge) for edge in (region.left, region.right, region.top, region.bottom)]
         except (UnreadablePhotoError, OSError):
             return list(EDGES.values())  # the search says what is wrong
 
@@ -265,33 +257,40 @@ def result_column(gradio: ModuleType, name: str) -> tuple[Any, Any, Any]:
     return column, text, gallery
 
 
-def launch(gradio: ModuleType, page: Any, port: int, max_megabytes: int, open_browser: bool, wait: bool) -> None:
-    """Serves the page on this machine alone until it is stopped or, without `wait`, until `page.close()`."""
+def launch(gradio: ModuleType, page: Any, config: Config) -> None:
+    """Serves the page until `page.close()`; raises `UserError`."""
     try:
         page.launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            inbrowser=open_browser,
-            prevent_thread_lock=not wait,
+            server_name=config.host,
+            server_port=config.port,
+            inbrowser=config.open_browser,
+            auth=required_password(config.host),
+            prevent_thread_lock=True,
             share=False,
-            max_file_size=f"{max_megabytes}mb",
+            max_file_size=f"{config.max_megabytes}mb",
             theme=gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace")),
             css=CSS,
             footer_links=[],
             ssr_mode=False,
-            quiet=not wait,
+            quiet=True,
             show_error=True,
         )
     except OSError as error:
-        raise UserError(f"port {port} can't be used ({error}): choose another with --port") from error
+        raise UserError(f"{config.host}:{config.port} can't be used ({error}): choose another --port") from error
 
 
 def main(config: Config) -> None:
     """Loads the approaches and serves the page until it is stopped."""
+    required_password(config.host)  # better to fail now than after indexing
+    bypass_proxy(config.host)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import; it would look for a newer version
     (gradio,) = require("gradio")
-    page = build_page(gradio, load_engines(config))
-    launch(gradio, page, config.port, config.max_megabytes, config.open_browser, wait=True)
+    engines = load_engines(config)
+    page = build_page(gradio, engines)
+    launch(gradio, page, config)
+    searched = ", ".join(f"{len(engine.gallery):,} photos by {title(name)}" for name, engine in engines.items())
+    print(f"searching {searched}: open http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from common.report.comparison import (
 )
 from common.report.comparison_plot import BASELINES, draw_comparison, remarks
 from common.report.maps import draw_map
-from common.retrieval.engine import load_available, load_embedder
+from common.retrieval.loading import load_available, load_embedder
 from common.retrieval.protocol import raw_pixel_embedder
 from common.storage import atomic_write, cache_folder
 

@@ -22,20 +22,19 @@ import numpy as np
 
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
+from common.data.sources import find_queries
 from common.distributed import world
 from common.models.embedder import Embedder
-from common.report.pictures import Tile, draw_rows, search_row
-from common.retrieval.engine import (
+from common.report.pictures import MAX_RESULTS, THUMBNAIL, Tile, draw_rows, search_row
+from common.retrieval.engine import SearchEngine, SearchResult
+from common.retrieval.loading import (
     PRETRAINED,
-    SearchEngine,
-    SearchResult,
     available_approaches,
     embed_part,
     load_embedder,
     load_engine,
     load_pretrained,
     open_network,
-    read_queries,
 )
 from common.storage import atomic_write, cache_folder
 
@@ -65,26 +64,31 @@ def print_results(engine: SearchEngine, name: str, result: SearchResult) -> None
     print(f"\n{name}  ({sum(result.milliseconds.values()):.0f} ms)")
     for index in result.exact_duplicates:
         print(f"      the same file, left out: {engine.gallery.path(index)}")
+    for reason in result.lost.values():
+        print(f"      left out: {reason}")
+    if not result.indices:
+        print("      there is no other photo to search")
     for rank, (index, similarity) in enumerate(zip(result.indices, result.similarities, strict=True), 1):
-        print(f"{rank:4}  {similarity:.3f}  {engine.gallery.class_name(index)}  {engine.gallery.path(index)}")
+        class_name = engine.gallery.class_name(index)
+        print(f"{rank:4}  {similarity:.3f}  {class_name}{'  ' if class_name else ''}{engine.gallery.path(index)}")
 
 
 def embed_queries(embedder: Embedder, names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
     """Names and embeddings, float32 [N, D], of the photos that `names` mean; raises `UserError` if one is unusable."""
-    found, embeddings, failed = [], [], []
-    for name, data in read_queries(names):
+    usable, unusable = find_queries(names)
+    embeddings = []
+    for name, content in usable.items():
         try:
-            if isinstance(data, UserError):
-                raise data
-            embeddings.append(embedder.embed_images([embedder.preprocessing.decode(data)]))
-            found.append(name)
-        except (UserError, UnreadablePhotoError) as error:
-            failed.append(f"{name} ({error})")
-    if failed:
-        raise UserError(f"these photos can't be used: {', '.join(failed)}")
-    if len(found) < 2:
+            photo = embedder.preprocessing.decode(content or Path(name).read_bytes())
+            embeddings.append(embedder.embed_images([photo]))
+        except UnreadablePhotoError as error:
+            unusable[name] = str(error)
+    if unusable:
+        failed = ", ".join(f"{name} ({reason})" for name, reason in unusable.items())
+        raise UserError(f"these photos can't be used: {failed}")
+    if len(usable) < 2:
         raise UserError("name at least two photos to compare: python search.py a.jpg b.jpg --pairs")
-    return found, np.concatenate(embeddings)
+    return list(usable), np.concatenate(embeddings)
 
 
 def print_pairs(names: list[str], distances: np.ndarray, verification: dict[str, float], as_csv: bool) -> None:
@@ -124,6 +128,32 @@ def compare_pairs(config: Config, approach: str, cache: Path | None) -> None:
     print_pairs(names, distances, verification, config.csv)
 
 
+def search_photos(engine: SearchEngine, queries: dict[str, bytes | None], k: int, picture: Path) -> dict[str, str]:
+    """Prints and draws the k neighbours of each query, {name: content, None: read from the file}.
+
+    Returns {name: reason} of those that can't be used.
+    """
+    rows: list[list[Tile]] = []
+    unusable = {}
+    for name, content in queries.items():
+        try:
+            data = content or Path(name).read_bytes()
+            drawn = MAX_RESULTS if len(rows) < MAX_ROWS else 0
+            result = engine.search_and_show(data, k, THUMBNAIL, limit=drawn)
+            print_results(engine, name, result)
+            if drawn:
+                rows.append(search_row(engine, Path(name).name, result))
+        except (UserError, UnreadablePhotoError, OSError) as error:
+            unusable[name] = str(error)
+            print(f"error: {name}: {error}", file=sys.stderr)
+    if rows:
+        subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"
+        with atomic_write(picture) as temporary:
+            draw_rows("search", subheading, rows).save(temporary, "PNG")
+        print(f"\nwritten: {picture}")
+    return unusable
+
+
 def main(config: Config) -> None:
     """Prints the neighbours of each photo and draws them into `search.png`, or with `pairs` prints distances.
 
@@ -146,28 +176,15 @@ def main(config: Config) -> None:
         embed_part(embedder, folder, cache, config.exclude)
         return
     only = config.only or None
+    usable, unusable = find_queries(config.photos, config.exclude)  # before hours of embedding
+    for name, reason in unusable.items():
+        print(f"error: {name}: {reason}", file=sys.stderr)
+    if not usable:
+        raise UserError("none of the query photos can be used: see above")
     engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config, only)
-    rows: list[list[Tile]] = []
-    num_failed = 0
-    for name, data in read_queries(config.photos, config.exclude):
-        try:
-            if isinstance(data, UserError):
-                raise data
-            result = engine.search(data, config.k)
-            print_results(engine, name, result)
-            if len(rows) < MAX_ROWS:
-                rows.append(search_row(engine, Path(name).name, result))
-        except (UserError, UnreadablePhotoError) as error:
-            print(f"error: {name}: {error}", file=sys.stderr)
-            num_failed += 1
-    if rows:
-        path = results / "search.png"
-        subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"
-        with atomic_write(path) as temporary:
-            draw_rows("search", subheading, rows).save(temporary, "PNG")
-        print(f"\nwritten: {path}")
-    if num_failed:
-        raise UserError(f"{num_failed} of the query photos can't be used: see above")
+    unusable |= search_photos(engine, usable, config.k, results / "search.png")
+    if unusable:
+        raise UserError(f"{len(unusable)} of the query photos can't be used: see above")
 
 
 if __name__ == "__main__":

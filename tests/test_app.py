@@ -1,6 +1,7 @@
 """The page in a real browser, as a user meets it: headless Chromium, driven by Playwright."""
 
 import json
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app import edges_around, region_from_sliders
+from common.retrieval.engine import Region
 from tests.conftest import served_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,10 +26,14 @@ browser_test = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium her
 
 @pytest.fixture(scope="module")
 def address(trained, tmp_path_factory):
-    """The page of `python app.py`, served as a user would."""
-    flags = ("--results", str(trained), "--max-megabytes", "5")
-    with served_page(tmp_path_factory.mktemp("served"), *flags) as address:
+    """The page of `python app.py`, served as a user would, on a machine behind a proxy, which doesn't answer."""
+    flags, folder = ("--results", str(trained), "--max-megabytes", "5"), tmp_path_factory.mktemp("served")
+    environment = os.environ | dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+    with served_page(folder, *flags, environment=environment) as address:
         yield address
+    said = (folder / "page.log").read_text()
+    assert f"by siamese, 108 photos by autoencoder, 108 photos by cnn feature extraction: open {address[:-1]}" in said
+    assert "public link" not in said
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +237,14 @@ def test_no_file_outside_the_gallery_can_be_read(address, trained, tmp_path):
 
 
 def test_the_query_region_from_sliders():
-    assert region_from_sliders(0, 100, 0, 100) == (0.0, 0.0, 1.0, 1.0)
-    assert region_from_sliders(80, 20, 10, 90) == (0.2, 0.1, 0.8, 0.9)  # sliders that have crossed
-    assert region_from_sliders(100, 100, 50, 50) == pytest.approx((0.95, 0.5, 1.0, 0.55))
+    assert Region.from_edges(0, 100, 0, 100) == (0.0, 0.0, 1.0, 1.0)
+    assert Region.from_edges(80, 20, 10, 90) == (0.2, 0.1, 0.8, 0.9)  # sliders that have crossed
+    assert Region.from_edges(100, 100, 50, 50) == pytest.approx((0.95, 0.5, 1.0, 0.55))
 
 
 def test_the_query_region_around_a_click():
-    assert edges_around((100, 60), (200, 100)) == [25, 75, 35, 85]
-    assert edges_around((0, 99), (200, 100)) == [0, 50, 50, 100]  # moved into the photo
+    assert Region.around((100, 60), (200, 100)) == pytest.approx((0.25, 0.35, 0.75, 0.85))
+    assert Region.around((0, 99), (200, 100)) == (0.0, 0.5, 0.5, 1.0)  # moved into the photo
 
 
 def test_nothing_trained_yet(run_script):
@@ -249,3 +254,19 @@ def test_nothing_trained_yet(run_script):
         "there is no checkpoint in results: name a folder to search with --index, or train an approach first"
         in ended.stderr
     )
+
+
+def test_another_machine_needs_a_password(run_script, offline):
+    offline.pop("PAGE_AUTH", None)
+    ended = run_script("app.py", "--host", "0.0.0.0")
+    assert ended.returncode == 2
+    assert "set PAGE_AUTH=name:password in the environment first" in ended.stderr
+
+
+def test_a_password_is_asked_for(trained, tmp_path):
+    environment = os.environ | {"PAGE_AUTH": "anna:secret"}
+    with served_page(tmp_path, "--results", str(trained), environment=environment) as address:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}config", timeout=10)
+        assert refused.value.code == 401
+    assert "secret" not in (tmp_path / "page.log").read_text()

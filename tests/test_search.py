@@ -40,7 +40,8 @@ def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
         ),
     ],
 )
-def test_one_clear_sentence(run_script, arguments, message):
+def test_one_clear_sentence(run_script, tmp_path, arguments, message):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
     ended = run_script("search.py", *arguments)
     assert ended.returncode == 2
     assert message in ended.stderr.replace("\\", "/")
@@ -50,6 +51,7 @@ def test_one_clear_sentence(run_script, arguments, message):
 def test_an_approach_that_was_not_trained(run_script, trained, tmp_path):
     (tmp_path / "results").mkdir()
     shutil.copy(trained / "autoencoder.pt", tmp_path / "results")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
     ended = run_script("search.py", "a.jpg", "--approach", "magic")
     assert ended.returncode == 2
     message = "there is no results/magic.pt: run python magic.py first, or choose --approach autoencoder"
@@ -122,3 +124,27 @@ def test_a_vector_database_searches_one_class(run_script, trained, synthetic_pho
             expected = found
             assert "photos at new/photos.db: recall@10 " in ended.stdout
     assert found == expected
+
+
+def test_queries_are_checked_before_the_index(run_script, trained, synthetic_photos, tmp_path):
+    index = ("--results", str(trained), "--index", str(synthetic_photos), "--approach", "siamese")
+    (tmp_path / "broken.jpg").write_text("no photo")
+    ended = run_script("search.py", "missing.jpg", "broken.jpg", *index)
+    assert ended.returncode == 2
+    assert "error: missing.jpg: No such file or directory: name a photo" in ended.stderr
+    assert "error: broken.jpg: not a photo" in ended.stderr
+    assert "error: none of the query photos can be used: see above" in ended.stderr
+    assert "embedding" not in ended.stderr
+
+
+def test_an_index_that_holds_the_query_alone(run_script, trained, synthetic_photos, tmp_path):
+    (tmp_path / "mine").mkdir()
+    photo = shutil.copy(next(synthetic_photos.rglob("*.jpg")), tmp_path / "mine" / "a.jpg")
+    results = ("--results", str(trained), "--approach", "siamese")
+    ended = run_script("search.py", str(photo), "--index", "mine", *results)
+    assert ended.returncode == 0, ended.stderr
+    assert "there is no other photo to search" in ended.stdout
+    shutil.copy(sorted(synthetic_photos.rglob("*.jpg"))[-1], tmp_path / "mine" / "b.jpg")
+    ended = run_script("search.py", str(photo), "--index", "mine", *results)
+    (line,) = (line for line in ended.stdout.splitlines() if line.startswith("   1  "))
+    assert line.split(maxsplit=2)[2].replace("\\", "/") == "mine/b.jpg"  # a flat folder is no class

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from common.config import UserError, run_script
+from common.data.folders import walk
+from common.data.web import encode_address, explain
 from common.storage import atomic_write
 
 ADDRESSES = (
@@ -45,7 +47,7 @@ def download(home: Path, addresses: Sequence[str] = ADDRESSES) -> Path:
     folder appears when all of it is unpacked. Raises `UserError`, with what to do by hand, if no address works.
     """
     folder = home / FOLDER
-    if folder.is_dir():
+    if folder.is_dir() and _is_complete(folder):
         return folder
     failures = []
     for address in addresses:
@@ -67,6 +69,20 @@ def download(home: Path, addresses: Sequence[str] = ADDRESSES) -> Path:
     )
 
 
+def _is_complete(folder: Path) -> bool:
+    """Whether the photos are there; an empty folder, such as somebody made by hand, is removed.
+
+    Raises `UserError` where there are other files.
+    """
+    if any(not reason for _, reason in walk(folder)):
+        return True
+    try:
+        folder.rmdir()
+    except OSError as error:
+        raise UserError(f"{folder} holds no photo, but other files: remove it, and run again") from error
+    return False
+
+
 def _fetch(address: str, archive: Path) -> None:
     """Downloads `address` to `archive`, continuing where `archive.part` ends; raises `DownloadError`."""
     if archive.exists():
@@ -85,7 +101,7 @@ def _fetch(address: str, archive: Path) -> None:
             else:
                 raise DownloadError(f"answered {error.code} {error.reason}") from error
         except (urllib.error.URLError, HTTPException, OSError) as error:
-            complete, problem = False, str(getattr(error, "reason", error)) or type(error).__name__
+            complete, problem = False, explain(error)
         if complete:
             part.replace(archive)
             return
@@ -97,7 +113,7 @@ def _fetch(address: str, archive: Path) -> None:
 
 def _receive(address: str, part: Path, offset: int) -> bool:
     """Appends what is missing to `part`; True if it is complete then."""
-    request = urllib.request.Request(address, headers={"Range": f"bytes={offset}-"} if offset else {})
+    request = urllib.request.Request(encode_address(address), headers={"Range": f"bytes={offset}-"} if offset else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
         offset = offset if resumed else 0

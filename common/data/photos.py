@@ -89,8 +89,8 @@ class Photos:
         return self.folder / self.paths[index]
 
     def class_name(self, index: int) -> str:
-        """The class of a photo, perhaps `NO_CLASS`."""
-        return self.classes[self.labels[index]]
+        """The class of a photo; `NO_CLASS` where it has none, or all are of one, which tells nothing."""
+        return self.classes[self.labels[index]] if len(self.classes) > 1 else NO_CLASS
 
     def read(self, index: int) -> bytes:
         """The content of a photo's file; raises `UserError` if it has changed since it was found."""

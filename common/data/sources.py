@@ -1,10 +1,13 @@
-"""Where the photos of a run come from: a folder, the download, or synthetic images."""
+"""Where photos come from: a folder, the download, or synthetic images; and those to search with."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common.config import UserError
 from common.data import download, synthetic
-from common.data.folders import walk
+from common.data.decode import UnreadablePhotoError, decode_photo
+from common.data.folders import find_photos, walk
+from common.data.web import fetch_photo, is_address
 
 
 def locate_photos(data: str, home: Path = Path("data")) -> Path:
@@ -43,3 +46,32 @@ def require_folder(folder: Path) -> Path:
 def _downloaded(home: Path) -> Path:
     download.download(home)
     return home
+
+
+def find_queries(names: Iterable[str], exclude: Sequence[str] = ()) -> tuple[dict[str, bytes | None], dict[str, str]]:
+    """The photos that are meant by paths, folders and http(s) addresses, and why others can't be used.
+
+    {name: content}, None where it is to be read from the file of that name; and {name: reason}. Files that are named
+    are decoded, those in folders are not.
+    """
+    usable: dict[str, bytes | None] = {}
+    unusable = {}
+    for name in names:
+        try:
+            if is_address(name):
+                content = fetch_photo(name)
+                decode_photo(content, min_size=1)
+                usable[name] = content
+            elif Path(name).is_dir():
+                inside = find_photos(Path(name), exclude).photos
+                if not inside:
+                    raise UserError("this folder holds no photo")
+                usable |= {str(Path(name) / path): None for path, _ in inside}
+            else:
+                decode_photo(Path(name).read_bytes(), min_size=1)
+                usable[name] = None
+        except OSError as error:
+            unusable[name] = f"{error.strerror}: name a photo, a folder of photos or an http(s) address"
+        except (UserError, UnreadablePhotoError) as error:
+            unusable[name] = str(error)
+    return usable, unusable

@@ -2,16 +2,42 @@
 
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
+import sys
 import urllib.error
 import urllib.request
 from http.client import HTTPException
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from common.config import UserError
 
 TIMEOUT = 10.0  # seconds without an answer
 LIMIT = 50_000_000  # bytes of a photo's file
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is an http(s) address."""
+    return re.match("https?://", name, re.IGNORECASE) is not None
+
+
+def encode_address(address: str) -> str:
+    """The address as servers want it, in ASCII (RFC 3987): "HTTPS://bücher.example/a b" gives
+    "https://xn--bcher-kva.example/a%20b". What is encoded already stays. Raises `ValueError`.
+    """
+    scheme, place, path, query, _ = urlsplit(address.strip())
+    user, at, host = place.rpartition("@")
+    path, query = (quote(part, safe="/%:@!$&'()*+,;=~?[]") for part in (path, query))
+    return urlunsplit((scheme.lower(), user + at + host.encode("idna").decode(), path, query, ""))
+
+
+def explain(error: Exception) -> str:
+    """Why something could not be fetched, with what to do where a Mac has no certificates."""
+    reason = str(getattr(error, "reason", error)) or type(error).__name__
+    if "CERTIFICATE_VERIFY_FAILED" in reason and sys.platform == "darwin":
+        return f'{reason}: run "Install Certificates.command" in the folder of Python in Applications'
+    return reason
 
 
 def fetch_photo(address: str) -> bytes:
@@ -27,7 +53,7 @@ def fetch_photo(address: str) -> bytes:
     ):
         opener.add_handler(handler)
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "image-similarity-search"})
+        request = urllib.request.Request(encode_address(address), headers={"User-Agent": "image-similarity-search"})
         answer = opener.open(request, timeout=TIMEOUT)
         if answer is None:
             raise UserError("only http and https addresses can be fetched")
@@ -39,7 +65,7 @@ def fetch_photo(address: str) -> bytes:
         reason = getattr(error, "reason", error)
         if isinstance(reason, UserError):
             raise reason from error
-        raise UserError(f"can't be fetched ({reason})") from error
+        raise UserError(f"can't be fetched ({explain(error)})") from error
     if len(data) > LIMIT:
         raise UserError(f"the file is larger than {LIMIT // 1_000_000} MB")
     return data

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision import models
 
 from common.config import UserError, first_line
+from common.data.web import explain
 
 TIMEOUT = 15.0  # seconds without an answer from the server
 UNTRAINED = "none (untrained)"
@@ -62,7 +63,7 @@ def _named(name: str, choice: models.WeightsEnum, untrained_if_missing: bool) ->
             raise UserError(
                 f"{folder / file} is damaged ({first_line(error)}): delete it, and it is downloaded again"
             ) from error
-        reason = getattr(error, "reason", error)  # an incomplete download has the wrong hash: RuntimeError
+        reason = explain(error)  # an incomplete download has the wrong hash: RuntimeError
         if untrained_if_missing:
             print(
                 f"UNTRAINED WEIGHTS: {choice.url} can't be reached ({reason}). {name} starts from random weights.\n",

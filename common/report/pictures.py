@@ -13,7 +13,7 @@ from common.retrieval.engine import SearchEngine, SearchResult
 from common.retrieval.protocol import Evaluation
 
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 5  # of a run's picture
-MAX_RESULTS = 10  # of a search's picture
+MAX_RESULTS, THUMBNAIL = 10, 256  # photos of a search's picture; their pixels, at most
 TILE, GAP, MARGIN, FRAME = 128, 14, 28, 5  # pixels
 INK, FAINT, PAPER = "#22262b", "#7b828a", "#ffffff"
 CORRECT, WRONG = "#2e9e5b", "#d64541"  # frames
@@ -55,13 +55,13 @@ def draw_evaluation(heading: str, subheading: str, test: TestSet, evaluation: Ev
 
 
 def search_row(engine: SearchEngine, name: str, result: SearchResult) -> list[Tile]:
-    """A query and its nearest photos; raises `UserError` if a photo has changed."""
-    neighbours = zip(result.indices[:MAX_RESULTS], result.similarities, strict=False)
+    """A query and its nearest photos, those with a thumbnail."""
+    similarities = dict(zip(result.indices, result.similarities, strict=True))
     return [
         Tile(result.image, name),
         *(
-            Tile(engine.thumbnail(index, 2 * TILE), f"{similarity:.3f} {engine.gallery.class_name(index)}")
-            for index, similarity in neighbours
+            Tile(image, f"{similarities[index]:.3f} {engine.gallery.class_name(index)}".strip())
+            for index, image in result.thumbnails.items()
         ),
     ]
 

@@ -102,6 +102,16 @@ def test_downloads_and_unpacks(server, home):
     assert len(server.requests) == 1  # not again
 
 
+def test_an_empty_folder_is_no_download(server, home):
+    (home / "cats-and-dogs").mkdir(parents=True)
+    download.download(home, [server.address("/archive.zip")])
+    assert len(everything(home)) == 3
+    for photo in (home / "cats-and-dogs").rglob("*.jpg"):
+        photo.unlink()
+    with pytest.raises(UserError, match=r"cats-and-dogs holds no photo, but other files: remove it, and run again"):
+        download.download(home, [server.address("/archive.zip")])
+
+
 def test_a_lost_connection_is_resumed(server, home):
     server.breaks, server.break_after = 2, 200_000
     folder = download.download(home, [server.address("/archive.zip")])

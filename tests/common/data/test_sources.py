@@ -4,7 +4,7 @@ from common.config import UserError
 from common.data import sources
 from common.data.folders import find_photos
 from common.data.photos import load_photos
-from common.data.sources import locate_photos, require_folder
+from common.data.sources import find_queries, locate_photos, require_folder
 from common.data.synthetic import draw_dataset, is_synthetic
 from tests.common.data.files import tree
 
@@ -78,3 +78,34 @@ def test_the_former_name_of_the_synthetic_images_gives_the_new_one(tmp_path, mon
         locate_photos("sample")
     tree(tmp_path / "sample", "a/1.png")
     assert locate_photos("sample").resolve() == tmp_path.resolve() / "sample"  # unless there is such a folder
+
+
+def test_queries_are_files_folders_and_addresses(tmp_path, monkeypatch):
+    folder = tree(tmp_path, "a.jpg", "some/b.png", "some/deeper/c.jpg")
+    (folder / "some" / "notes.txt").write_text("x")
+    (folder / "empty").mkdir()
+    photo = (folder / "a.jpg").read_bytes()
+    monkeypatch.setattr(sources, "fetch_photo", lambda address: photo if "d.jpg" in address else b"<html>")
+    usable, unusable = find_queries((str(folder / "a.jpg"), str(folder / "some"), "HTTPS://example.org/d.jpg"))
+    files = [str(folder / path) for path in ("a.jpg", "some/b.png", "some/deeper/c.jpg")]
+    assert usable == dict.fromkeys(files) | {"HTTPS://example.org/d.jpg": photo}
+    assert unusable == {}
+    names = (*("missing.jpg", "empty", "some/notes.txt"), "http://example.org/page")
+    usable, unusable = find_queries([name if "//" in name else str(folder / name) for name in names])
+    assert usable == {}
+    assert [reason.split(" (")[0] for reason in unusable.values()] == [
+        "No such file or directory: name a photo, a folder of photos or an http(s) address",
+        "this folder holds no photo",
+        "not a photo",
+        "not a photo",
+    ]
+
+
+def test_a_query_that_cannot_be_fetched_says_why(monkeypatch):
+    def refuse(address):
+        raise UserError("the server answered 404 Not Found")
+
+    monkeypatch.setattr(sources, "fetch_photo", refuse)
+    assert find_queries(("http://example.org/a.jpg",))[1] == {
+        "http://example.org/a.jpg": "the server answered 404 Not Found"
+    }

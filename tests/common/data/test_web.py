@@ -1,16 +1,18 @@
+import sys
 import threading
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from common.config import UserError
 from common.data import web
-from common.data.web import fetch_photo, is_public
+from common.data.web import encode_address, explain, fetch_photo, is_address, is_public
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        if self.path == "/photo.jpg":
+        if self.path in ("/photo.jpg", "/photo.jpg?who=Zo%C3%AB%20und%20ich"):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"photo")
@@ -88,6 +90,33 @@ def test_what_a_server_does_not_give_is_an_error(server, all_public):
 def test_only_http_and_https_are_opened(address):
     with pytest.raises(UserError, match="only http and https addresses can be fetched"):
         fetch_photo(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "encoded"),
+    [
+        ("HTTPS://bücher.example/a b.jpg", "https://xn--bcher-kva.example/a%20b.jpg"),
+        ("http://example.org/käse?q=ö&x=1#top", "http://example.org/k%C3%A4se?q=%C3%B6&x=1"),
+        ("http://example.org:8080/a%20b.jpg", "http://example.org:8080/a%20b.jpg"),
+        (" Http://user:word@example.org/1.jpg\n", "http://user:word@example.org/1.jpg"),
+        ("https://example.org/写真/1.jpg", "https://example.org/%E5%86%99%E7%9C%9F/1.jpg"),
+    ],
+)
+def test_addresses_as_people_paste_them(address, encoded):
+    assert encode_address(address) == encoded
+    assert is_address(address.strip())
+
+
+def test_an_address_with_spaces_and_letters_is_fetched(server, all_public):
+    assert fetch_photo(f"HTTP{server[4:]}/photo.jpg?who=Zoë und ich") == b"photo"
+
+
+def test_a_mac_without_certificates_is_told_what_to_run(monkeypatch):
+    error = urllib.error.URLError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert "Install Certificates.command" not in explain(error)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert 'run "Install Certificates.command"' in explain(error)
 
 
 def test_a_file_above_the_limit_is_refused(server, all_public, monkeypatch):

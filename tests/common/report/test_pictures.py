@@ -6,8 +6,18 @@ from PIL import Image, ImageColor, ImageFont
 
 from common.data.split import load_split
 from common.report import pictures
-from common.report.pictures import CORRECT, WRONG, Tile, draw_evaluation, draw_rows, search_row, shorten
-from common.retrieval.engine import load_engine
+from common.report.pictures import (
+    CORRECT,
+    MAX_RESULTS,
+    THUMBNAIL,
+    WRONG,
+    Tile,
+    draw_evaluation,
+    draw_rows,
+    search_row,
+    shorten,
+)
+from common.retrieval.loading import load_engine
 from common.retrieval.protocol import Evaluation
 
 
@@ -87,7 +97,7 @@ def test_long_labels_are_shortened():
 
 def test_the_row_of_a_search(trained):
     engine = load_engine("siamese", import_module, trained, "", None, "cpu")
-    result = engine.search(engine.gallery.read(5), 12)
+    result = engine.search_and_show(engine.gallery.read(5), 12, THUMBNAIL, limit=MAX_RESULTS)
     row = search_row(engine, "mine.jpg", result)
     assert len(row) == 1 + 10  # no more than fit into the picture
     assert row[0].label == "mine.jpg"

@@ -15,15 +15,8 @@ from common.config import UserError
 from common.data.decode import UnreadablePhotoError
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
-from common.retrieval import engine as module
-from common.retrieval.engine import (
-    WHOLE,
-    Region,
-    available_approaches,
-    load_embedder,
-    load_engine,
-    read_queries,
-)
+from common.retrieval.engine import WHOLE, Region
+from common.retrieval.loading import available_approaches, load_available, load_embedder, load_engine
 
 TRAINED = ("siamese", "autoencoder", "cnn_feature_extraction")
 
@@ -106,6 +99,33 @@ def test_what_is_no_photo(engine):
     for data in (b"", b"hello", engine.gallery.path(0).read_bytes()[:500]):
         with pytest.raises(UnreadablePhotoError):
             engine.search(data, 3)
+
+
+def test_photos_that_have_gone_or_changed_cost_only_themselves(trained, synthetic_photos, tmp_path):
+    folder = shutil.copytree(synthetic_photos, tmp_path / "photos")
+    engine = load("siamese", trained, str(folder))
+    query = engine.gallery.path(0).read_bytes()
+    before = engine.search_and_show(query, 5, 50)
+    assert list(before.thumbnails) == before.indices == engine.search(query, 5).indices
+    gone, changed, *others = before.indices
+    kept = engine.gallery.path(gone).read_bytes()
+    engine.gallery.path(gone).unlink()
+    engine.gallery.path(changed).write_bytes(query)
+    result = engine.search_and_show(query, 5, 50)
+    following = engine.search(query, 7).indices[5:]
+    assert list(result.thumbnails) == result.indices == [*others, *following]
+    assert result.similarities == engine.search(query, 7).similarities[2:]
+    assert set(result.lost) == {gone, changed}
+    assert "can no longer be read" in result.lost[gone]
+    assert "changed while it was in use" in result.lost[changed]
+    engine.gallery.path(gone).write_bytes(kept)
+    assert engine.search_and_show(query, 5, 50).indices[0] == gone
+    few = engine.search_and_show(query, 5, 50, limit=2)
+    assert len(few.indices) == 5
+    assert len(few.thumbnails) == 2
+    for index in range(len(engine.gallery)):
+        engine.gallery.path(index).unlink(missing_ok=True)
+    assert engine.search_and_show(query, 5, 50).indices == []
 
 
 def test_a_thumbnail_is_the_photo_at_a_smaller_size(trained, synthetic_photos, tmp_path):
@@ -199,7 +219,7 @@ def test_an_approach_that_cannot_be_used_is_left_out(trained, tmp_path, capsys):
     (results / "foreign.pt").write_bytes(b"of another program")
     gone = dataclasses.replace(Checkpoint.load(trained / "siamese.pt"), folder=str(tmp_path / "gone"))
     gone.save(results / "siamese.pt")
-    loaded = module.load_available(results, lambda approach: load(approach, results).approach)
+    loaded = load_available(results, lambda approach: load(approach, results).approach)
     assert loaded == {name: name for name in ("autoencoder", "cnn_feature_extraction")}
     left_out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in left_out] == ["left out"] * 2
@@ -208,7 +228,7 @@ def test_an_approach_that_cannot_be_used_is_left_out(trained, tmp_path, capsys):
     for name in loaded:
         (results / f"{name}.pt").unlink()
     with pytest.raises(UserError, match=r"gone, is gone.*; .*foreign\.pt is not a checkpoint"):
-        module.load_available(results, lambda approach: load(approach, results))
+        load_available(results, lambda approach: load(approach, results))
 
 
 @pytest.mark.parametrize(("field", "key"), [("preprocessing", "mean"), ("config", "seed"), ("config", "pooling")])
@@ -245,30 +265,3 @@ def test_a_checkpoint_whose_script_is_missing(trained, tmp_path):
 
 
 # Queries
-
-
-def test_queries_are_files_folders_and_addresses(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "fetch_photo", lambda address: address.encode())
-    (tmp_path / "some" / "deeper").mkdir(parents=True)
-    (tmp_path / "empty").mkdir()
-    names = ("a.jpg", "some/b.png", "some/deeper/c.jpg", "some/notes.txt")
-    for name in names:
-        (tmp_path / name).write_text(name)
-    address = "https://example.org/d.jpg"
-    found = list(read_queries((str(tmp_path / "a.jpg"), str(tmp_path / "some"), address)))
-    assert found == [*((str(tmp_path / name), name.encode()) for name in names[:3]), (address, address.encode())]
-    (missing, first), (empty, second) = read_queries((str(tmp_path / "missing.jpg"), str(tmp_path / "empty")))
-    assert missing.endswith("missing.jpg")
-    assert str(first) == "No such file or directory: name a photo, a folder of photos or an http(s) address"
-    assert empty.endswith("empty")
-    assert str(second) == "this folder holds no photo"
-
-
-def test_a_query_that_cannot_be_fetched_says_why(monkeypatch):
-    def refuse(address):
-        raise UserError("the server answered 404 Not Found")
-
-    monkeypatch.setattr(module, "fetch_photo", refuse)
-    ((name, error),) = read_queries(("http://example.org/a.jpg",))
-    assert name == "http://example.org/a.jpg"
-    assert str(error) == "the server answered 404 Not Found"

@@ -15,7 +15,7 @@ from common.data.split import load_split
 from common.models.checkpoint import Checkpoint
 from common.models.preprocessing import Preprocessing
 from common.report.run import Run
-from common.retrieval.engine import load_engine
+from common.retrieval.loading import load_engine
 
 
 def load(approach, results):

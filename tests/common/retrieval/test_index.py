@@ -4,7 +4,7 @@ from importlib import import_module
 import pytest
 
 from common.config import EngineConfig, UserError
-from common.retrieval.engine import load_engine
+from common.retrieval.loading import load_engine
 
 
 def test_a_graph_finds_the_same_and_is_kept_beside_the_embeddings(trained, synthetic_photos, tmp_path, capsys):
