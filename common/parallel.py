@@ -1,5 +1,6 @@
 """Work spread over the cores."""
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ def parallel_map(
     iterator = iter(items)
     chunks = iter(lambda: list(itertools.islice(iterator, chunksize)), [])
     pending: deque[Future[list[Result]]] = deque()
-    with ThreadPoolExecutor(num_cores()) as pool:
+    with ThreadPoolExecutor(_num_threads()) as pool:
         try:
             for chunk in chunks:
                 pending.append(pool.submit(lambda chunk: [function(item) for item in chunk], chunk))
@@ -35,3 +36,8 @@ def parallel_map(
         finally:
             for future in pending:
                 future.cancel()
+
+
+@functools.cache
+def _num_threads() -> int:
+    return num_cores()

@@ -22,7 +22,7 @@ def test_a_graph_finds_the_same_and_is_kept_beside_the_embeddings(trained, synth
 @pytest.mark.parametrize("engine", ["exact", "hnsw", "milvus"])
 def test_one_class_alone(trained, synthetic_photos, tmp_path, plain_faiss, engine):
     photo = next(synthetic_photos.rglob("*.jpg")).read_bytes()
-    config = EngineConfig(engine, milvus=str(tmp_path / "milvus.db"))
+    config = EngineConfig(engine, graph_depth=500, milvus=str(tmp_path / "milvus.db"))  # more than there are photos
     every = load_engine("siamese", import_module, trained, "", tmp_path, "cpu", config=config)
     dogs = load_engine("siamese", import_module, trained, "", tmp_path, "cpu", config=config, only="dog")
     assert {dogs.gallery.class_name(index) for index in range(len(dogs.gallery))} == {"dog"}
