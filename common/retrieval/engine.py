@@ -106,7 +106,8 @@ class SearchEngine:
 
         The next ones take the places of those whose file has gone or changed since.
         """
-        limit, lost = k if limit is None else min(k, limit), {}
+        limit = k if limit is None else min(k, limit)
+        lost: dict[int, str] = {}
         while True:
             result = self.search(data, k + len(lost), region)
             found = [(index, cosine) for index, cosine in zip(result.indices, result.similarities, strict=True)]
