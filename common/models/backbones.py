@@ -10,7 +10,7 @@ from common.config import UserError, first_line
 from common.models.layers import GeM
 from common.models.preprocessing import Preprocessing
 from common.models.timm_backbones import PREFIX, load_timm, load_timm_preprocessing
-from common.models.weights import UNTRAINED, load_weights, weights_enum
+from common.models.weights import UNTRAINED, NoClassifierError, load_weights, weights_enum
 
 SHARPNESS = 3.0  # of class probabilities: of standardized logits, an inverse temperature
 # These pool inside forward(), not in a child module.
@@ -81,12 +81,16 @@ class ClassProbabilities(nn.Module):
 def load_classifier(name: str, weights: str) -> nn.Module | None:
     """The whole pre-trained network, with its classifier, as `ClassProbabilities`.
 
-    Arguments as for `load_backbone`, which has loaded the weights before. None for a network of timm: many of those are
-    trained without classes.
+    Arguments as for `load_backbone`, which has loaded the weights before. None for a file without such a classifier,
+    and for a network of timm: many of those are trained without classes.
     """
     if name.startswith(PREFIX):
         return None
-    return ClassProbabilities(load_weights(name, weights, untrained_if_missing=False)[0])
+    try:
+        return ClassProbabilities(load_weights(name, weights, untrained_if_missing=False, with_classifier=True)[0])
+    except NoClassifierError as error:
+        print(f"{error}: training goes on without the class probabilities that it would keep", flush=True)
+        return None
 
 
 def rebuild_backbone(config: dict, weights: str) -> Backbone:

@@ -20,8 +20,18 @@ TIMEOUT = 15.0  # seconds without an answer from the server
 UNTRAINED = "none (untrained)"
 
 
-def load_weights(name: str, weights: str, untrained_if_missing: bool) -> tuple[nn.Module, str]:
+class NoClassifierError(UserError):
+    """A file has the weights of a backbone, but no classifier or one of other classes."""
+
+
+def load_weights(
+    name: str, weights: str, untrained_if_missing: bool, with_classifier: bool = False
+) -> tuple[nn.Module, str]:
     """A classification network of torchvision with its weights, and a description of the weights actually loaded.
+
+    A file may hold the state dict of the network or of one that has it as a part, or be a checkpoint with such a state
+    dict in it; a classifier that is missing or of other classes stays untrained, or with `with_classifier` raises
+    `NoClassifierError`.
 
     The description is such as "IMAGENET1K_V1", "squeezenet1_1.pth, sha256 0123456789ab" or `UNTRAINED`. Arguments and
     errors are those of `load_backbone`.
@@ -32,7 +42,7 @@ def load_weights(name: str, weights: str, untrained_if_missing: bool) -> tuple[n
     if weights in choices.__members__:
         return _named(name, choices[weights], untrained_if_missing)
     if Path(weights).is_file():
-        return _from_file(name, Path(weights))
+        return _from_file(name, Path(weights), with_classifier)
     raise UserError(
         f'{weights} is neither a file nor weights of {name}: give the path of a state dict, "none", or one of '
         f"{', '.join(choices.__members__)}"
@@ -76,32 +86,72 @@ def _named(name: str, choice: models.WeightsEnum, untrained_if_missing: bool) ->
         ) from error
 
 
-def _from_file(name: str, path: Path) -> tuple[nn.Module, str]:
+def _from_file(name: str, path: Path, with_classifier: bool) -> tuple[nn.Module, str]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each file format fails in its own way
         raise UserError(f"{path} is not a state dict that torch can load safely ({first_line(error)})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict (names and tensors): save model.state_dict()")
-    if name.startswith("densenet"):  # torchvision's published files have the names of an older version
-        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): state[key] for key in state}
     network = _untrained(name)
     if hasattr(network, "transform_input"):  # as torchvision does for these when it loads pre-trained weights
         network.transform_input = True  # type: ignore[assignment]
     expected = network.state_dict()
-    counters = {key for key in expected if key.endswith("num_batches_tracked")}  # older files have none
+    classifier = list(network._modules)[-1] + "."  # the last child of every network of torchvision
+    optional = {key for key in expected if key.startswith((classifier, "aux", "Aux"))}  # the backbone has neither
+    optional |= {key for key in expected if key.endswith("num_batches_tracked")}  # older files have none
+    wanted = expected.keys() - optional
+    candidates = [_named_as(network, state) for state in _states(loaded)]
+    if not candidates:
+        raise UserError(f"{path} holds no state dict (names and tensors): save model.state_dict()")
+    state = max(candidates, key=lambda state: len(wanted & state.keys()))
+    misshapen = {key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape}
+    trunk = tuple(child + "." for child in network._modules if child + "." != classifier)
+    fits_at_all = bool(wanted & state.keys())
     problems = {
-        "lacks": sorted(expected.keys() - state.keys() - counters),
-        "has unknown": sorted(state.keys() - expected.keys()),
-        "has another shape for": sorted(
-            key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape
-        ),
+        "lacks": wanted - state.keys(),
+        "has unknown": {key for key in state.keys() - expected.keys() if key.startswith(trunk) or not fits_at_all},
+        "has another shape for": misshapen - optional,
     }
     if any(problems.values()):
-        details = "; ".join(f"{what} {_some(keys)}" for what, keys in problems.items() if keys)
+        details = "; ".join(f"{what} {_some(sorted(keys))}" for what, keys in problems.items() if keys)
         raise UserError(f"{path} does not fit {name}: it {details}. Name the network that it was saved from")
-    network.load_state_dict(state, strict=False)
+    if with_classifier and any(key not in state or key in misshapen for key in expected if key.startswith(classifier)):
+        raise NoClassifierError(f"{path} has no classifier of {name}")
+    network.load_state_dict({key: state[key] for key in expected.keys() & state.keys() - misshapen}, strict=False)
     return network, f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def _states(loaded: object) -> Iterator[dict[str, torch.Tensor]]:
+    """The state dicts in a file: what it holds, or what is nested in it, such as {"state_dict": ..., "epoch": 3}."""
+    if not isinstance(loaded, dict):
+        return
+    tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if tensors:
+        yield tensors
+    for value in loaded.values():
+        yield from _states(value)
+
+
+def _named_as(network: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the names of `network`: without what wrappers put before them, such as "module.", and of the
+    scripts' own checkpoints, which number the children of some networks.
+    """
+    # torchvision's published files of DenseNet have the names of an older version.
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): state[key] for key in state}
+    children = list(network._modules)
+    numbers = {f"{number}.": f"{child}." for number, child in enumerate(children)}
+    names = [name for name, _ in network.named_parameters()]
+    numbered = [f"{children.index(child)}.{rest}" for child, _, rest in (name.partition(".") for name in names)]
+    best, best_count, are_numbered = "", 0, False
+    for own in (names, numbered):
+        prefixes = {key[: -len(own[0])] for key in state if key == own[0] or key.endswith("." + own[0])}
+        for prefix in sorted(prefixes, key=len):
+            count = sum(prefix + name in state for name in own)
+            if count > best_count:
+                best, best_count, are_numbered = prefix, count, own is numbered
+    named = {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
+    if are_numbered:
+        named = {numbers.get(key.partition(".")[0] + ".", "") + key.partition(".")[2]: named[key] for key in named}
+    return named
 
 
 def _some(keys: list[str]) -> str:

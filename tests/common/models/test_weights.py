@@ -7,7 +7,7 @@ import torch
 from torchvision import models
 
 from common.config import UserError
-from common.models.backbones import load_backbone
+from common.models.backbones import load_backbone, load_classifier
 from common.models.embedder import network_digest
 from common.models.weights import load_weights
 
@@ -49,11 +49,56 @@ def test_missing_unknown_and_misshapen_keys_are_named(saved):
     change(saved, lambda state: state.pop("features.0.bias"))
     with pytest.raises(UserError, match=r"mine.pth does not fit squeezenet1_1: it lacks features.0.bias. Name"):
         load("squeezenet1_1", str(saved))
-    change(saved, lambda state: state.update({"features.0.bias": torch.zeros(3), "head.weight": torch.zeros(1)}))
-    with pytest.raises(UserError, match=r"has unknown head.weight; has another shape for features.0.bias"):
+    change(saved, lambda state: state.update({"features.0.bias": torch.zeros(3), "features.99.bias": torch.zeros(1)}))
+    with pytest.raises(UserError, match=r"has unknown features.99.bias; has another shape for features.0.bias"):
         load("squeezenet1_1", str(saved))
     with pytest.raises(UserError, match=r"does not fit resnet18: it lacks bn1.bias, .* more; has unknown .* more"):
         load("resnet18", str(saved))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}}},
+        lambda state: {"model": state, "args": {"lr": 0.1}},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {"model_state_dict": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+        lambda state: {f"model.backbone.{key}": value for key, value in state.items()} | {"head.bias": torch.ones(2)},
+        lambda state: {key: value for key, value in state.items() if not key.startswith("classifier")},
+        lambda state: state | {"classifier.1.weight": torch.ones(37, 512, 1, 1), "classifier.1.bias": torch.ones(37)},
+    ],
+    ids=["state_dict", "model", "DataParallel", "compiled", "part of another", "without classifier", "37 classes"],
+)
+def test_networks_that_users_have_trained(saved, wrap):
+    state = torch.load(saved, weights_only=True)
+    torch.save(wrap(state), saved)
+    network, _ = load("squeezenet1_1", str(saved))
+    loaded = network.features.state_dict()
+    assert all(torch.equal(tensor, state[f"features.{name}"]) for name, tensor in loaded.items())
+    has_classifier = load_classifier("squeezenet1_1", str(saved)) is not None
+    assert has_classifier == torch.equal(network.classifier[1].weight, state["classifier.1.weight"])
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v2", "densenet121", "googlenet"])
+def test_a_checkpoint_of_a_script(tmp_path, capsys, name):
+    """Its backbone, whose children some networks number, below two further names."""
+    backbone = load_backbone(name, "none").network
+    with torch.no_grad():
+        next(backbone.parameters()).fill_(0.25)
+    state = {f"network.backbone.{key}": value for key, value in backbone.state_dict().items()}
+    torch.save(
+        {"approach": "siamese", "network": state | {"classifier.directions": torch.ones(2, 8)}}, tmp_path / "s.pt"
+    )
+    again = load_backbone(name, str(tmp_path / "s.pt")).network
+    assert all(torch.equal(tensor, backbone.state_dict()[key]) for key, tensor in again.state_dict().items())
+    assert load_classifier(name, str(tmp_path / "s.pt")) is None
+    assert "s.pt has no classifier of" in capsys.readouterr().out
+
+
+def test_a_deeper_network_of_the_same_names_does_not_fit(tmp_path):
+    torch.save(models.resnet34(weights=None).state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(UserError, match=r"does not fit resnet18: it has unknown layer1\.2\.bn1\.bias, "):
+        load("resnet18", str(tmp_path / "deep.pth"))
 
 
 def test_older_files_without_counters_fit(tmp_path):
