@@ -60,7 +60,7 @@ class RunConfig(EngineConfig):
     data: str = (
         "auto"  # a folder of photos, "synthetic" (generated here), or "auto": data/ if it has any, else a download
     )
-    queries: str = ""  # a folder of query photos; empty: 10 % of each class of data is held out as queries
+    queries: str = ""  # a folder of query photos; empty: 10 % of each class of data, at least one photo, is held out
     split: Literal["test", "validation", "unseen"] = (
         "test"  # "validation": queries from the gallery, to tune on; "unseen": half of the classes train, others test
     )

@@ -97,9 +97,12 @@ def describe_classes(found: Found) -> str:
     if not counts:
         return f"{len(found.photos):,} photos, of no class"
     listed = [f"{name} {count:,}" for name, count in sorted(counts.items())[:MAX_LISTED]]
-    if further := len(counts) - len(listed):
-        listed.append(f"and {further:,} more")
     noun = "class" if len(counts) == 1 else "classes"
+    if further := len(counts) - len(listed):
+        (largest, most), (smallest, fewest) = (
+            choose(counts.items(), key=lambda item: item[1]) for choose in (max, min)
+        )
+        listed.append(f"and {further:,} more; from {smallest} with {fewest:,} to {largest} with {most:,}")
     return f"{counts.total():,} photos of {len(counts):,} {noun}, named after {found.rule}: {', '.join(listed)}"
 
 

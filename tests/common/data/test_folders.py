@@ -81,8 +81,9 @@ def test_the_classes_are_described(tmp_path):
         "3 photos of 2 classes, named after the folders above, as folders of the same name lie in different ones: "
         "apple 2, pear 1"
     )
-    many_classes = find_photos(tree(tmp_path / "many", *(f"{number:02}/1.jpg" for number in range(20))))
-    assert describe_classes(many_classes).endswith("10 1, 11 1, and 8 more")
+    paths = [f"{number:02}/1.jpg" for number in range(20)]
+    many_classes = find_photos(tree(tmp_path / "many", *paths, "14/2.jpg", "14/3.jpg"))
+    assert describe_classes(many_classes).endswith("10 1, 11 1, and 8 more; from 00 with 1 to 14 with 3")
 
 
 def test_a_folder_per_breed_is_a_class_per_breed(tmp_path):

@@ -66,6 +66,15 @@ def test_latency_leaves_the_warm_up_out(photos, embedder, monkeypatch):
     }
 
 
+def test_a_slow_network_is_measured_with_fewer_queries(photos, embedder, monkeypatch):
+    seconds = [1.0] * 10 + [0.5] * 60  # 10 s to warm up, and 40 queries until there are more than 30
+    let_the_clock_show(monkeypatch, (time for duration in seconds for time in (50.0, 50.0 + duration)))
+    knn = CosineKNN(embedder.embed_photos(photos))
+    assert measure_latency(embedder, knn, photos.subset(np.arange(3)))["queries"] == 41
+    let_the_clock_show(monkeypatch, (time for _ in range(30) for time in (0.0, 9.0)))
+    assert measure_latency(embedder, knn, photos.subset(np.arange(3)))["queries"] == 20
+
+
 def test_latency_reads_each_file_once_before_the_clock_starts(photos, embedder, monkeypatch):
     monkeypatch.setattr(timing, "LATENCY_QUERIES", 7)
     reads = count_reads(monkeypatch)
