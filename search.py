@@ -7,6 +7,7 @@ network searches it as it is.
 
     python search.py my_photo.jpg --index ~/Pictures
     python search.py a.jpg b.jpg c.jpg --pairs     # how far are these from each other?
+    python search.py --duplicates ~/Pictures       # which photos are copies of each other?
     RANK=0 WORLD_SIZE=4 python search.py --index ~/Pictures     # embeds the first quarter of the photos, no search
 """
 
@@ -22,10 +23,15 @@ import numpy as np
 
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
+from common.data.folders import Selection
+from common.data.photos import load_library
 from common.data.sources import find_queries
 from common.distributed import world
+from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
+from common.report.copies import report_copies
 from common.report.pictures import MAX_RESULTS, THUMBNAIL, Tile, draw_rows, search_row
+from common.retrieval.duplicates import SMALL, find_copies
 from common.retrieval.engine import SearchEngine, SearchResult
 from common.retrieval.loading import (
     PRETRAINED,
@@ -50,6 +56,7 @@ class Config(EngineConfig):
     k: Annotated[int, Range(1, 1e9)] = 5  # neighbours of each photo
     only: str = ""  # the class to search; empty: all
     index: str = ""  # a folder of your own photos to search; empty: the gallery that the approach was trained on
+    duplicates: str = ""  # a folder: list the photos in it that are copies of each other, instead of searching
     results: str = "results"  # the folder with the approach's checkpoint; the picture goes there
     cache: str = "data/.cache"  # a folder that keeps embeddings for the next search, or "none"
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
@@ -128,6 +135,18 @@ def compare_pairs(config: Config, approach: str, cache: Path | None) -> None:
     print_pairs(names, distances, verification, config.csv)
 
 
+def list_duplicates(config: Config, approach: str, cache: Path | None) -> None:
+    """Prints, lists and draws which photos of the folder `duplicates` are copies; raises `UserError`."""
+    pretrained, results = (config.backbone, config.weights), Path(config.results)
+    embedder, _, folder = open_network(
+        approach, import_module, results, config.duplicates, cache, config.device, pretrained
+    )
+    small = DecodedPhotos(SMALL, cache)
+    selection = Selection(config.exclude, lists=results)
+    photos = load_library(folder, [embedder, small], cache, "embedding the photos", selection=selection)
+    report_copies(photos, find_copies(photos, embedder, small, config), results)
+
+
 def search_photos(engine: SearchEngine, queries: dict[str, bytes | None], k: int, picture: Path) -> dict[str, str]:
     """Prints and draws the k neighbours of each query, {name: content, None: read from the file}.
 
@@ -159,14 +178,17 @@ def main(config: Config) -> None:
 
     Raises `UserError` if a photo can't be read.
     """
-    if not config.photos and world().size == 1:
+    if not (config.photos or config.duplicates) and world().size == 1:
         raise UserError("name a photo to search with: python search.py my_photo.jpg")
     cache = cache_folder(config.cache)
     results = Path(config.results)
-    needs_gallery = not (config.index or config.pairs)
+    needs_gallery = not (config.index or config.pairs or config.duplicates)
     approach = config.approach if config.approach != "auto" else available_approaches(results, needs_gallery)[0]
     if config.pairs:
         compare_pairs(config, approach, cache)
+        return
+    if config.duplicates:
+        list_duplicates(config, approach, cache)
         return
     pretrained = config.backbone, config.weights
     if world().size > 1:

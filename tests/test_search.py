@@ -1,8 +1,10 @@
 """The search as a user runs it, from the shell."""
 
+import csv
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -148,3 +150,38 @@ def test_an_index_that_holds_the_query_alone(run_script, trained, synthetic_phot
     ended = run_script("search.py", str(photo), "--index", "mine", *results)
     (line,) = (line for line in ended.stdout.splitlines() if line.startswith("   1  "))
     assert line.split(maxsplit=2)[2].replace("\\", "/") == "mine/b.jpg"  # a flat folder is no class
+
+
+def test_copies_in_a_folder_are_listed_and_kept(run_script, trained, synthetic_photos, tmp_path):
+    (tmp_path / "mine").mkdir()
+    photos = [shutil.copy(photo, tmp_path / "mine") for photo in sorted(synthetic_photos.rglob("*.jpg"))[::24]]
+    options = ("--duplicates", "mine", "--results", "results", "--approach", "siamese")
+    (tmp_path / "results").mkdir()
+    shutil.copy(trained / "siamese.pt", tmp_path / "results")
+    ended = run_script("search.py", *options)
+    assert ended.returncode == 0, ended.stderr
+    assert f"no copies among {len(photos)} photos" in ended.stdout
+    assert not (tmp_path / "results" / "duplicates.csv").exists()
+    with Image.open(photos[0]) as image:
+        image.resize((image.width // 2, image.height // 2)).save(tmp_path / "mine" / "small.jpg", quality=60)
+    shutil.copy(photos[0], tmp_path / "mine" / "again.jpg")
+    before = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    ended = run_script("search.py", *options)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == before
+    with (tmp_path / "results" / "duplicates.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["group"] for row in rows} == {"1"}
+    original = f"mine/{Path(photos[0]).name}"
+    paths = [row["path"].replace("\\", "/") for row in rows]
+    assert paths == [*sorted(("mine/again.jpg", original)), "mine/small.jpg"]  # the largest file first
+    assert [int(row["bytes"]) for row in rows] == [(tmp_path / path).stat().st_size for path in paths]
+    assert [float(row["correlation"]) for row in rows[:2]] == [1, 1]
+    extra = sum(int(row["bytes"]) for row in rows[1:]) / 1e6
+    said = f"1 groups of copies among {len(photos) + 2} photos: 2 photos beside the largest of each, {extra:.1f} MB"
+    assert said in ended.stdout
+    with Image.open(tmp_path / "results" / "duplicates.png") as picture:
+        assert picture.height > 200
+    ended = run_script("search.py", "--duplicates", "nowhere")
+    assert ended.returncode == 2
+    assert "nowhere is not a folder" in ended.stderr

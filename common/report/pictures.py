@@ -17,6 +17,7 @@ MAX_RESULTS, THUMBNAIL = 10, 256  # photos of a search's picture; their pixels, 
 TILE, GAP, MARGIN, FRAME = 128, 14, 28, 5  # pixels
 INK, FAINT, PAPER = "#22262b", "#7b828a", "#ffffff"
 CORRECT, WRONG = "#2e9e5b", "#d64541"  # frames
+SEARCH_COLUMNS = "query", "nearest photos, by cosine similarity"
 COLOURS = ("#1f6feb", "#d64541", "#2e9e5b", "#8250df", "#bf8700", "#0a7ea4", "#cf222e", "#57606a")
 
 
@@ -66,21 +67,23 @@ def search_row(engine: SearchEngine, name: str, result: SearchResult) -> list[Ti
     ]
 
 
-def draw_rows(heading: str, subheading: str, rows: Iterable[list[Tile]]) -> Image.Image:
-    """One line per row: a query, then its nearest photos."""
+def draw_rows(
+    heading: str, subheading: str, rows: Iterable[list[Tile]], columns: tuple[str, str] = SEARCH_COLUMNS
+) -> Image.Image:
+    """One line per row: a query, then its nearest photos. `columns` stands above them."""
     rows = list(rows)
-    columns = max(len(row) for row in rows) - 1
+    others = max(len(row) for row in rows) - 1
     small, large = ImageFont.load_default(14), ImageFont.load_default(20)
     row_height, top = TILE + 34, MARGIN + 84
-    width = 2 * MARGIN + (1 + columns) * TILE + columns * GAP + 2 * GAP
+    width = 2 * MARGIN + (1 + others) * TILE + others * GAP + 2 * GAP
     width = max(width, 2 * MARGIN + round(small.getlength(subheading)))
     picture = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, MARGIN - 8), heading, INK, large)
     draw.text((MARGIN, MARGIN + 20), subheading, FAINT, small)
-    draw.text((MARGIN, MARGIN + 56), "query", FAINT, small)
+    draw.text((MARGIN, MARGIN + 56), columns[0], FAINT, small)
     first = MARGIN + TILE + 3 * GAP
-    draw.text((first, MARGIN + 56), "nearest photos, by cosine similarity", FAINT, small)
+    draw.text((first, MARGIN + 56), columns[1], FAINT, small)
 
     for y, row in zip(itertools.count(top, row_height), rows, strict=False):
         for x, tile in zip(itertools.chain((MARGIN,), itertools.count(first, TILE + GAP)), row, strict=False):

@@ -1,0 +1,222 @@
+"""Copies of photos among photos: the same file, or the photo resized, recompressed, toned or lightly cropped.
+
+The nearest neighbours by embedding are candidates, and pixels decide: a window of one photo, of `MIN_SIDE` of each side
+or more, is compared with the whole of the other by normalized cross-correlation (Lewis 1995, Fast Template Matching),
+which changes of brightness and contrast don't alter. All windows of small images are tried by Fourier transform; the
+edges of the best one are then moved by fractions of a pixel in larger images.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array  # scikit-learn needs it too
+from scipy.sparse.csgraph import connected_components
+from torch.nn import functional
+from torchvision.transforms import InterpolationMode
+from tqdm import tqdm
+
+from common.config import EngineConfig
+from common.data.photos import Photos
+from common.device import limit_torch_threads
+from common.models.decoded import DecodedPhotos
+from common.models.embedder import Embedder
+from common.models.preprocessing import Preprocessing
+from common.parallel import parallel_map
+from common.retrieval.index import EXACT, build_index
+
+MIN_CORRELATION = 0.95  # of copies
+SIZE, COARSE_SIZE, ROUGH_SIZE = 32, 16, 4  # sides of the images that are compared, in pixels
+SMALL = Preprocessing(0, SIZE, InterpolationMode.BILINEAR, (0.0,) * 3, (1.0,) * 3)  # makes them
+MIN_SIDE = 0.8  # of a side of a photo that is left after a crop
+MIN_COARSE, MIN_ROUGH = 0.75, 0.25  # correlations in coarse images, below which a pair is not compared further
+MIN_VARIANCE = 1.0  # of grey values, 0 to 255: an image of one colour has nothing to correlate
+NEIGHBOURS = 5  # of each photo, that are candidates
+BLOCK = 1024  # pairs compared, and photos searched with, at a time
+
+
+class Copies(NamedTuple):
+    """Which of N photos are copies of each other.
+
+    Attributes:
+        groups: int [M] each, M > 1, the photos of a group: each is a copy of another one in it.
+        correlations: float32 [N], of each photo with that of its group that it fits best; 1 for the same file, 0 for a
+            photo without a copy.
+    """
+
+    groups: list[np.ndarray]
+    correlations: np.ndarray
+
+
+def find_copies(photos: Photos, embedder: Embedder, decoded: DecodedPhotos, config: EngineConfig = EXACT) -> Copies:
+    """The groups of copies among `photos`, which are embedded where they are not.
+
+    `decoded` gives their pixels, at any size. `config`: the engine that finds candidates. Raises `UserError`.
+    """
+    _, first, inverse = np.unique(photos.sha256, return_index=True, return_inverse=True)
+    unique = photos.subset(first)
+    pairs = _candidates(unique, embedder, config)
+    found, correlations = correlate_pairs(load_small(decoded, unique), pairs, "comparing photos")
+    pairs, correlations = pairs[found], correlations[found]
+    best = np.zeros(len(unique), np.float32)
+    np.maximum.at(best, pairs.ravel(), np.repeat(correlations, 2))
+    best[np.bincount(inverse) > 1] = 1
+    group = group_pairs(pairs, len(unique))[inverse]
+    order = np.argsort(group, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    return Copies([group for group in groups if len(group) > 1], best[inverse])
+
+
+def load_small(decoded: DecodedPhotos, photos: Photos) -> np.ndarray:
+    """uint8 [N, SIZE, SIZE]: the photos in grey, to compare."""
+    chunks = np.array_split(np.arange(len(photos)), len(photos) // BLOCK + 1)
+
+    def load(chunk: np.ndarray) -> np.ndarray:
+        return to_grey(decoded.load(photos, chunk))
+
+    return np.concatenate(list(parallel_map(load, chunks)))
+
+
+def to_grey(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [N, SIZE, SIZE] from uint8 [N, S, S, 3] of any S."""
+    grey = torch.from_numpy(pixels).float().mean(3)
+    return _resize(grey, (SIZE, SIZE)).round().byte().numpy()
+
+
+def correlate_pairs(images: np.ndarray, pairs: np.ndarray, label: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Which of the pairs of images are copies, bool [P], and the correlations of all, float32 [P].
+
+    `images`: uint8 [N, SIZE, SIZE]; `pairs`: int [P, 2]. `label` names a progress bar.
+    """
+    blocks = np.array_split(pairs, len(pairs) // BLOCK + 1)
+
+    def compare(block: np.ndarray) -> np.ndarray:
+        first, second = (torch.from_numpy(images[block[:, side]]).float() for side in (0, 1))
+        return correlate(first, second).numpy()
+
+    correlations = []
+    with limit_torch_threads(), tqdm(desc=label, total=len(pairs), unit=" pairs", disable=not label) as bar:
+        for each in parallel_map(compare, blocks):
+            correlations.append(each)
+            bar.update(len(each))
+    joined = np.concatenate(correlations)
+    return joined >= MIN_CORRELATION, joined
+
+
+@torch.inference_mode()
+def correlate(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """float32 [P], in [-1, 1]: how well the whole of one image fits the best window of the other, whichever is larger.
+
+    float32 [P, SIZE, SIZE] each. Of pairs below `MIN_ROUGH` or `MIN_COARSE` only a rough value is returned.
+    """
+    best = _correlation(*(_resize(images, (ROUGH_SIZE, ROUGH_SIZE)) for images in (first, second)))
+    chosen = best >= MIN_ROUGH
+    if chosen.any():
+        best[chosen] = _correlate_windows(first[chosen], second[chosen])
+    return best
+
+
+def _correlate_windows(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    coarse = [_resize(images, (COARSE_SIZE, COARSE_SIZE)) for images in (first, second)]
+    (forward, window), (backward, other) = _best_window(*coarse), _best_window(*coarse[::-1])
+    swap = backward > forward
+    best = torch.maximum(forward, backward)
+    chosen = best >= MIN_COARSE
+    if not chosen.any():
+        return best
+    swapped = swap[chosen, None, None]
+    outer = torch.where(swapped, second[chosen], first[chosen])
+    inner = torch.where(swapped, first[chosen], second[chosen])
+    best[chosen] = _refine(outer, inner, torch.where(swap[:, None], other, window)[chosen])
+    return best
+
+
+def group_pairs(pairs: np.ndarray, count: int) -> np.ndarray:
+    """int [N]: a number for each of `count` photos, equal for those that `pairs`, int [P, 2], link directly or not."""
+    links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (count, count))
+    return connected_components(links, directed=False)[1]
+
+
+def _candidates(photos: Photos, embedder: Embedder, config: EngineConfig) -> np.ndarray:
+    """int [P, 2]: each photo with its nearest others, each pair once, the lower index first."""
+    k = min(NEIGHBOURS, len(photos) - 1)
+    if not k:
+        return np.zeros((0, 2), int)
+    knn = build_index(photos, embedder, config)
+    embeddings = embedder.embed_photos(photos)
+    found = []
+    for start in tqdm(range(0, len(photos), BLOCK), "searching", unit=" blocks", disable=len(photos) < 20 * BLOCK):
+        own = np.arange(start, min(start + BLOCK, len(photos)))
+        _, neighbours = knn.search(embeddings[own], k, own)
+        found.append(np.stack([np.repeat(own, k), neighbours.ravel()], 1))
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+
+def _best_window(images: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The window of each image that correlates best with the whole template; float32 [P, S, S] each.
+
+    Returns correlations [P], and edges [P, 4]: top, left, bottom and right as fractions of the image's sides.
+    """
+    size = images.shape[-1]
+    spectrum = torch.fft.rfft2(images)
+    sums = functional.pad(torch.stack([images, images**2]).cumsum(2).cumsum(3), (1, 0, 1, 0))
+    best, edges = images.new_full((len(images),), -1), images.new_zeros(len(images), 4)
+    for height, width in itertools.product(range(int(MIN_SIDE * size), size + 1), repeat=2):
+        template = _centred(_resize(templates, (height, width)))
+        other = torch.fft.rfft2(template, s=(size, size))
+        product = torch.fft.irfft2(spectrum * other.conj(), s=(size, size))[:, : size - height + 1, : size - width + 1]
+        total, squares = (
+            each[:, height:, width:]
+            - each[:, :-height, width:]
+            - each[:, height:, :-width]
+            + each[:, :-height, :-width]
+            for each in sums
+        )
+        area = height * width
+        variances = (squares / area - (total / area) ** 2).clamp_min(MIN_VARIANCE)
+        own = template.pow(2).mean((1, 2)).clamp_min(MIN_VARIANCE)
+        correlation, place = (product / area / (variances * own[:, None, None]).sqrt()).flatten(1).max(1)
+        top, left = place // (size - width + 1), place % (size - width + 1)
+        is_better = correlation > best
+        best = torch.where(is_better, correlation, best)
+        edges[is_better] = (torch.stack([top, left, top + height, left + width], 1) / size)[is_better]
+    return best, edges
+
+
+def _refine(images: torch.Tensor, templates: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """The correlations after each edge of the windows, [P, 4], was moved as long as that helps."""
+    best = _correlate_window(images, templates, edges)
+    for step, side, sign in itertools.product((1, 0.5), range(4), (-1, 1)):
+        moved = edges.clone()
+        moved[:, side] = (moved[:, side] + sign * step / SIZE).clamp(0, 1)
+        correlation = _correlate_window(images, templates, moved)
+        is_better = correlation > best
+        best, edges = torch.where(is_better, correlation, best), torch.where(is_better[:, None], moved, edges)
+    return best
+
+
+def _correlate_window(images: torch.Tensor, templates: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """float32 [P]: of the window of each image, resampled to SIZE x SIZE, with the template."""
+    places = (torch.arange(SIZE) + 0.5) / SIZE
+    top, left, bottom, right = edges.T[:, :, None]
+    y, x = (2 * (low + (high - low) * places) - 1 for low, high in ((top, bottom), (left, right)))
+    grid = torch.stack([x[:, None].expand(-1, SIZE, -1), y[:, :, None].expand(-1, -1, SIZE)], 3)
+    windows = functional.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+    return _correlation(windows, templates)
+
+
+def _correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """float32 [P]: zero-mean normalized cross-correlation of images [P, H, W]."""
+    first, second = _centred(first), _centred(second)
+    variances = [each.pow(2).mean((1, 2)).clamp_min(MIN_VARIANCE) for each in (first, second)]
+    return (first * second).mean((1, 2)) / (variances[0] * variances[1]).sqrt()
+
+
+def _centred(images: torch.Tensor) -> torch.Tensor:
+    return images - images.mean((1, 2), keepdim=True)
+
+
+def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """float32 [P, H, W] -> [P, *size], antialiased."""
+    return functional.interpolate(images[:, None], size, mode="bilinear", align_corners=False, antialias=True)[:, 0]
