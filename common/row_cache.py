@@ -23,6 +23,7 @@ from common.storage import atomic_write, remove_stale
 FLUSH_SECONDS, FLUSH_BYTES = 30.0, 128_000_000  # rows are written to disk after this time or size: a kill loses no more
 MAX_SEGMENTS, SMALL_BYTES = 16, 8_000_000  # more files than this with rows of less than this are merged into one
 MIN_FREE_BYTES = 500_000_000  # a cache leaves this much of its disk free
+REFUSED: set[Path] = set()  # folders that can't be written to, which has been said
 
 
 class StoredRows:
@@ -175,7 +176,10 @@ class RowCache:
             try:
                 self.segments.append(self._write_segment(self.folder, self.unwritten))
             except OSError as error:
-                print(f"the cache {self.folder.parent} can't be written ({error.strerror or error}): going on without")
+                if self.folder.parent not in REFUSED:
+                    REFUSED.add(self.folder.parent)
+                    reason = error.strerror or error
+                    print(f"the cache {self.folder.parent} can't be written ({reason}): going on without")
                 self.folder = None
             if self.folder or self.disk_only:
                 self.unwritten, self.unwritten_places, self.unwritten_rows = [], {}, 0

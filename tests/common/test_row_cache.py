@@ -236,6 +236,10 @@ def test_a_cache_that_cannot_be_a_folder_is_gone_without(tmp_path, capsys):
         cache.put(keys("a"), rows(1))
     assert stored(cache, "a") == [1]
     assert f"the cache {tmp_path / 'cache'} can't be written (" in capsys.readouterr().out
+    with open_cache(tmp_path / "cache") as another:
+        another.put(keys("a"), rows(1))
+    assert stored(another, "a") == [1]
+    assert capsys.readouterr().out == ""  # one warning for all that a run would keep
 
 
 def test_segments_that_a_killed_run_left_unfinished_are_removed(tmp_path):
