@@ -18,7 +18,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, for a file or a folder; renames it to `path` if the block succeeds.
 
     If the block raises, the temporary is removed. A kill can leave one behind, under a hidden name; the next writer of
-    `path` removes those older than `STALE_SECONDS`. A folder does not replace one that is not empty: OSError.
+    `path` removes those older than `STALE_SECONDS`. A folder does not replace one that is not empty: OSError. A file
+    that another program keeps open, as Excel does on Windows, stays: the new one lies beside it, and a line says so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent, f".{path.name}.*.part")
@@ -26,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield temporary
-        temporary.replace(path)
+        _rename(temporary, path)
     except BaseException as error:
         _remove(temporary)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk has no name
@@ -54,6 +55,17 @@ def remove_stale(folder: Path, pattern: str) -> None:
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
                 _remove(leftover)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    try:
+        temporary.replace(path)
+    except PermissionError:
+        if not (temporary.is_file() and path.is_file()):
+            raise
+        other = path.with_stem(f"{path.stem}.new")
+        temporary.replace(other)
+        print(f"{path} is open in another program: written to {other} instead", flush=True)
 
 
 def _remove(path: Path) -> None:

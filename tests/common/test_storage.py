@@ -2,6 +2,7 @@ import errno
 import os
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,24 @@ def test_what_a_killed_process_left_is_removed_later(tmp_path):
     with atomic_write(tmp_path / "a.json") as temporary:
         temporary.write_text("")
     assert sorted(os.listdir(tmp_path)) == [".a.json.2.part", ".b.json.1.part", "a.json"]
+
+
+def test_a_file_that_another_program_keeps_open_stays(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "siamese.neighbours.csv"
+    path.write_text("old")
+    replace = Path.replace
+
+    def refuse(self, target):  # as Windows does while Excel shows it
+        if target == path:
+            raise PermissionError(13, "Access is denied", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "old"
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "siamese.neighbours.new.csv"]
+    assert (tmp_path / "siamese.neighbours.new.csv").read_text() == "new"
+    assert f"{path} is open in another program: written to {tmp_path / 'siamese.neighbours.new.csv'} instead" in (
+        capsys.readouterr().out
+    )
