@@ -178,7 +178,7 @@ def test_copies_in_a_folder_are_listed_and_kept(run_script, trained, synthetic_p
     assert [int(row["bytes"]) for row in rows] == [(tmp_path / path).stat().st_size for path in paths]
     assert [float(row["correlation"]) for row in rows[:2]] == [1, 1]
     extra = sum(int(row["bytes"]) for row in rows[1:]) / 1e6
-    said = f"1 groups of copies among {len(photos) + 2} photos: 2 photos beside the largest of each, {extra:.1f} MB"
+    said = f"1 group of copies among {len(photos) + 2} photos: 2 beside the largest of each, {extra:.1f} MB"
     assert said in ended.stdout
     with Image.open(tmp_path / "results" / "duplicates.png") as picture:
         assert picture.height > 200

@@ -45,8 +45,8 @@ def report_copies(photos: Photos, copies: Copies, results: Path) -> None:
                 writer.writerow(row)
     extra = [index for group in groups for index in group[1:]]
     told = (
-        f"{len(groups):,} groups of copies among {len(photos):,} photos: {len(extra):,} photos beside the largest of "
-        f"each, {sum(sizes[index] for index in extra) / 1e6:,.1f} MB"
+        f"{len(groups):,} {'group' if len(groups) == 1 else 'groups'} of copies among {len(photos):,} photos: "
+        f"{len(extra):,} beside the largest of each, {sum(sizes[index] for index in extra) / 1e6:,.1f} MB"
     )
     rows = [_row(photos, group, copies) for group in groups[:MAX_GROUPS]]
     with atomic_write(names[1]) as temporary:
