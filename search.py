@@ -180,6 +180,8 @@ def main(config: Config) -> None:
     """
     if not (config.photos or config.duplicates) and world().size == 1:
         raise UserError("name a photo to search with: python search.py my_photo.jpg")
+    if config.duplicates and (config.photos or config.index):
+        raise UserError("--duplicates compares the photos of its folder alone: leave --index and other photos out")
     cache = cache_folder(config.cache)
     results = Path(config.results)
     needs_gallery = not (config.index or config.pairs or config.duplicates)

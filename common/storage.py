@@ -1,12 +1,14 @@
 """Files that are written completely or not at all."""
 
 import contextlib
+import csv
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common.config import UserError
 
@@ -33,6 +35,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk has no name
             error.filename = str(path)
         raise
+
+
+def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
+    """Writes a table; characters of file names that UTF-8 can't encode are escaped."""
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+    ):
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def cache_folder(name: str) -> Path | None:
@@ -65,7 +78,7 @@ def _rename(temporary: Path, path: Path) -> None:
             raise
         other = path.with_stem(f"{path.stem}.new")
         temporary.replace(other)
-        print(f"{path} is open in another program: written to {other} instead", flush=True)
+        print(f"{path} can't be replaced; is it open in another program? Written to {other} instead", flush=True)
 
 
 def _remove(path: Path) -> None:

@@ -35,6 +35,7 @@ def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
     [
         ((), "name a photo to search with: python search.py my_photo.jpg"),
         (("missing.jpg",), "there is no checkpoint in results: name a folder to search with --index, or train"),
+        (("a.jpg", "--duplicates", "."), "--duplicates compares the photos of its folder alone: leave --index and"),
         (("a.jpg", "-k", "0"), "k is 0: give a value from 1 to"),
         (
             ("a.jpg", "--approach", "magic"),

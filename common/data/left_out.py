@@ -1,10 +1,9 @@
 """What was left out of a folder: said in a line, and listed in a file."""
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.storage import atomic_write
+from common.storage import write_csv
 
 MAX_NAME = 100  # characters of the folder in the name of its list
 
@@ -31,13 +30,7 @@ def report_left_out(folder: Path, reasons: Mapping[str, str], lists: Path | None
         if path and not reasons:
             path.unlink(missing_ok=True)
         elif path:
-            with (
-                atomic_write(path) as temporary,
-                temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
-            ):
-                writer = csv.writer(stream)
-                writer.writerow(("path", "reason"))
-                writer.writerows(sorted(reasons.items()))
+            write_csv(path, ("path", "reason"), sorted(reasons.items()))
             listed = f"; all are listed in {path}"
     except OSError as error:
         print(f"{path} can't be written: {error.strerror}")

@@ -1,7 +1,6 @@
 """Which photos of a folder are copies of each other: in text, as a CSV file and as a picture."""
 
 import contextlib
-import csv
 from pathlib import Path
 
 from common.config import UserError
@@ -9,7 +8,7 @@ from common.data.decode import UnreadablePhotoError, decode_photo
 from common.data.photos import Photos
 from common.report.pictures import MAX_RESULTS, THUMBNAIL, Tile, draw_rows
 from common.retrieval.duplicates import Copies
-from common.storage import atomic_write
+from common.storage import atomic_write, write_csv
 
 MAX_GROUPS = 12  # in the picture
 COLUMNS = "largest file", "its copies, by correlation of their pixels"
@@ -33,31 +32,27 @@ def report_copies(photos: Photos, copies: Copies, results: Path) -> None:
         print(f"\ngroup {number}: {len(group)} photos")
         for index in group:
             print(f"{sizes[index]:14,} bytes  {copies.correlations[index]:.3f}  {photos.path(index)}")
-    with (
-        atomic_write(names[0]) as temporary,
-        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
-    ):
-        writer = csv.writer(stream)
-        writer.writerow(("group", "path", "bytes", "correlation"))
-        for number, group in enumerate(groups, 1):
-            for index in group:
-                row = number, photos.path(index), sizes[index], f"{copies.correlations[index]:.4f}"
-                writer.writerow(row)
+    listed = [
+        (number, photos.path(index), sizes[index], f"{copies.correlations[index]:.4f}")
+        for number, group in enumerate(groups, 1)
+        for index in group
+    ]
+    write_csv(names[0], ("group", "path", "bytes", "correlation"), listed)
     extra = [index for group in groups for index in group[1:]]
     told = (
         f"{len(groups):,} {'group' if len(groups) == 1 else 'groups'} of copies among {len(photos):,} photos: "
         f"{len(extra):,} beside the largest of each, {sum(sizes[index] for index in extra) / 1e6:,.1f} MB"
     )
-    rows = [_row(photos, group, copies) for group in groups[:MAX_GROUPS]]
-    with atomic_write(names[1]) as temporary:
-        draw_rows("duplicates", told, [row for row in rows if row], COLUMNS).save(temporary, "PNG")
+    if rows := [row for group in groups[:MAX_GROUPS] if (row := _row(photos, group, copies))]:
+        with atomic_write(names[1]) as temporary:
+            draw_rows("duplicates", told, rows, COLUMNS).save(temporary, "PNG")
     print(f"\n{told}\nwritten: {names[0]} and {names[1].name}; nothing was deleted")
 
 
 def _row(photos: Photos, group: list[int], copies: Copies) -> list[Tile]:
     tiles = []
     for index in group[: MAX_RESULTS + 1]:
-        with contextlib.suppress(UserError, UnreadablePhotoError):  # it has gone since
+        with contextlib.suppress(UserError, UnreadablePhotoError):  # it has gone or changed since
             image = decode_photo(photos.read(index), THUMBNAIL)
             tiles.append(Tile(image, f"{copies.correlations[index]:.3f} {photos.path(index).name}"))
     return tiles

@@ -166,7 +166,7 @@ def _best_window(images: torch.Tensor, templates: torch.Tensor) -> tuple[torch.T
         template = _centred(_resize(templates, (height, width)))
         other = torch.fft.rfft2(template, s=(size, size))
         product = torch.fft.irfft2(spectrum * other.conj(), s=(size, size))[:, : size - height + 1, : size - width + 1]
-        total, squares = (
+        total, energy = (
             each[:, height:, width:]
             - each[:, :-height, width:]
             - each[:, height:, :-width]
@@ -174,7 +174,7 @@ def _best_window(images: torch.Tensor, templates: torch.Tensor) -> tuple[torch.T
             for each in sums
         )
         area = height * width
-        variances = (squares / area - (total / area) ** 2).clamp_min(MIN_VARIANCE)
+        variances = (energy / area - (total / area) ** 2).clamp_min(MIN_VARIANCE)
         own = template.pow(2).mean((1, 2)).clamp_min(MIN_VARIANCE)
         correlation, place = (product / area / (variances * own[:, None, None]).sqrt()).flatten(1).max(1)
         top, left = place // (size - width + 1), place % (size - width + 1)
