@@ -20,6 +20,7 @@ from PIL import Image
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError, decode_photo
 from common.extras import require
+from common.report.pictures import caption
 from common.retrieval.engine import WHOLE, Region, SearchEngine, SearchResult
 from common.retrieval.loading import load_available, load_engine
 from common.retrieval.metrics import majority_vote
@@ -83,11 +84,8 @@ def example_photos(engine: SearchEngine) -> list[str]:
 
 
 def thumbnails(engine: SearchEngine, result: SearchResult) -> list[tuple[Image.Image, str]]:
-    """The results as the page shows them: photo, class and similarity."""
-    return [
-        (result.thumbnails[index], f"{engine.gallery.class_name(index)} {similarity:.3f}".strip())
-        for index, similarity in zip(result.indices, result.similarities, strict=True)
-    ]
+    """The results as the page shows them: each photo with its caption."""
+    return [(result.thumbnails[index], caption(engine, result, rank)) for rank, index in enumerate(result.indices)]
 
 
 def describe(engine: SearchEngine, result: SearchResult) -> str:
@@ -103,6 +101,9 @@ def describe(engine: SearchEngine, result: SearchResult) -> str:
     else:
         lines.append("The gallery has no other photo.")
     lines += [f"Left out: {reason}." for reason in result.lost.values()]
+    for index, copies in result.copies.items():
+        paths = ", ".join(engine.gallery.paths[copy] for copy in copies)
+        lines.append(f"Copies of {engine.gallery.paths[index]}, shown as one with it: {paths}.")
     if result.exact_duplicates:
         paths = " and ".join(engine.gallery.paths[index] for index in result.exact_duplicates)
         lines.append(f"The same file is in the gallery, as {paths}, and left out.")

@@ -78,6 +78,9 @@ def print_results(engine: SearchEngine, name: str, result: SearchResult) -> None
     for rank, (index, similarity) in enumerate(zip(result.indices, result.similarities, strict=True), 1):
         class_name = engine.gallery.class_name(index)
         print(f"{rank:4}  {similarity:.3f}  {class_name}{'  ' if class_name else ''}{engine.gallery.path(index)}")
+        copies = result.copies.get(index, [])
+        for number, copy in enumerate(copies, 1):
+            print(f"             copy {number} of {len(copies)}: {engine.gallery.path(copy)}")
 
 
 def embed_queries(embedder: Embedder, names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:

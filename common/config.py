@@ -50,6 +50,9 @@ class EngineConfig:
     milvus: str = "data/milvus.db"  # a server's address, http://host:19530, or a file; MILVUS_TOKEN is the token
     collection: str = ""  # in Milvus; empty: named after the network and the folder of the photos
     exclude: tuple[str, ...] = ()  # files and folders to leave out, by path or name, with * and ?
+    copy_threshold: Annotated[float, Range(0.5, 1)] = (
+        0.95  # correlation of two photos' pixels from which they count as copies; 1: only if their files are the same
+    )
 
 
 @dataclass

@@ -57,14 +57,22 @@ def draw_evaluation(heading: str, subheading: str, test: TestSet, evaluation: Ev
 
 def search_row(engine: SearchEngine, name: str, result: SearchResult) -> list[Tile]:
     """A query and its nearest photos, those with a thumbnail."""
-    similarities = dict(zip(result.indices, result.similarities, strict=True))
     return [
         Tile(result.image, name),
         *(
-            Tile(image, f"{similarities[index]:.3f} {engine.gallery.class_name(index)}".strip())
-            for index, image in result.thumbnails.items()
+            Tile(result.thumbnails[index], caption(engine, result, rank))
+            for rank, index in enumerate(result.indices)
+            if index in result.thumbnails
         ),
     ]
+
+
+def caption(engine: SearchEngine, result: SearchResult, rank: int) -> str:
+    """What stands under a result: similarity, class and, where there are any, the number of its copies."""
+    index = result.indices[rank]
+    copies = len(result.copies.get(index, []))
+    parts = (f"{result.similarities[rank]:.3f}", engine.gallery.class_name(index), f"+{copies}" if copies else "")
+    return " ".join(filter(None, parts))
 
 
 def draw_rows(

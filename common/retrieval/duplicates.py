@@ -7,10 +7,12 @@ edges of the best one are then moved by fractions of a pixel in larger images.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.sparse import coo_array  # scikit-learn needs it too
 from scipy.sparse.csgraph import connected_components
 from torch.nn import functional
@@ -24,9 +26,9 @@ from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.parallel import parallel_map
+from common.retrieval.exact import CosineKNN
 from common.retrieval.index import EXACT, build_index
 
-MIN_CORRELATION = 0.95  # of copies
 SIZE, COARSE_SIZE, ROUGH_SIZE = 32, 16, 4  # sides of the images that are compared, in pixels
 SMALL = Preprocessing(0, SIZE, InterpolationMode.BILINEAR, (0.0,) * 3, (1.0,) * 3)  # makes them
 MIN_SIDE = 0.8  # of a side of a photo that is left after a crop
@@ -52,13 +54,12 @@ class Copies(NamedTuple):
 def find_copies(photos: Photos, embedder: Embedder, decoded: DecodedPhotos, config: EngineConfig = EXACT) -> Copies:
     """The groups of copies among `photos`, which are embedded where they are not.
 
-    `decoded` gives their pixels, at any size. `config`: the engine that finds candidates. Raises `UserError`.
+    `decoded` gives their pixels, at any size. `config`: the engine that finds candidates, and the threshold. Raises
+    `UserError`.
     """
     _, first, inverse = np.unique(photos.sha256, return_index=True, return_inverse=True)
     unique = photos.subset(first)
-    pairs = _candidates(unique, embedder, config)
-    found, correlations = correlate_pairs(load_small(decoded, unique), pairs, "comparing photos")
-    pairs, correlations = pairs[found], correlations[found]
+    pairs, correlations = _find_pairs(unique, embedder, decoded, config)
     best = np.zeros(len(unique), np.float32)
     np.maximum.at(best, pairs.ravel(), np.repeat(correlations, 2))
     best[np.bincount(inverse) > 1] = 1
@@ -78,14 +79,24 @@ def load_small(decoded: DecodedPhotos, photos: Photos) -> np.ndarray:
     return np.concatenate(list(parallel_map(load, chunks)))
 
 
+def group_similar(embeddings: np.ndarray, images: Sequence[Image.Image], threshold: float) -> np.ndarray:
+    """int [N]: a number for each of N photos, equal for copies.
+
+    `embeddings`: float32 [N, D], unit vectors; `images`: the photos, at any size; `threshold`: see `EngineConfig`.
+    """
+    pairs = nearest_pairs(CosineKNN(embeddings), embeddings)
+    small = to_grey(np.stack([SMALL.resize_crop(image) for image in images]))
+    return group_pairs(pairs[correlate_pairs(small, pairs) >= threshold], len(embeddings))
+
+
 def to_grey(pixels: np.ndarray) -> np.ndarray:
     """uint8 [N, SIZE, SIZE] from uint8 [N, S, S, 3] of any S."""
     grey = torch.from_numpy(pixels).float().mean(3)
     return _resize(grey, (SIZE, SIZE)).round().byte().numpy()
 
 
-def correlate_pairs(images: np.ndarray, pairs: np.ndarray, label: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Which of the pairs of images are copies, bool [P], and the correlations of all, float32 [P].
+def correlate_pairs(images: np.ndarray, pairs: np.ndarray, label: str = "") -> np.ndarray:
+    """float32 [P], in [-1, 1]: the correlations of pairs of images, see `correlate`.
 
     `images`: uint8 [N, SIZE, SIZE]; `pairs`: int [P, 2]. `label` names a progress bar.
     """
@@ -100,8 +111,7 @@ def correlate_pairs(images: np.ndarray, pairs: np.ndarray, label: str = "") -> t
         for each in parallel_map(compare, blocks):
             correlations.append(each)
             bar.update(len(each))
-    joined = np.concatenate(correlations)
-    return joined >= MIN_CORRELATION, joined
+    return np.concatenate(correlations)
 
 
 @torch.inference_mode()
@@ -138,19 +148,33 @@ def group_pairs(pairs: np.ndarray, count: int) -> np.ndarray:
     return connected_components(links, directed=False)[1]
 
 
-def _candidates(photos: Photos, embedder: Embedder, config: EngineConfig) -> np.ndarray:
-    """int [P, 2]: each photo with its nearest others, each pair once, the lower index first."""
-    k = min(NEIGHBOURS, len(photos) - 1)
-    if not k:
+def nearest_pairs(knn: CosineKNN, embeddings: np.ndarray) -> np.ndarray:
+    """int [P, 2]: each of N photos with its `NEIGHBOURS` nearest others, each pair once, the lower index first.
+
+    `knn` is their index, and `embeddings`, float32 [N, D], are what is in it.
+    """
+    k = min(NEIGHBOURS, len(embeddings) - 1)
+    if k < 1:
         return np.zeros((0, 2), int)
-    knn = build_index(photos, embedder, config)
-    embeddings = embedder.embed_photos(photos)
+    starts = range(0, len(embeddings), BLOCK)
     found = []
-    for start in tqdm(range(0, len(photos), BLOCK), "searching", unit=" blocks", disable=len(photos) < 20 * BLOCK):
-        own = np.arange(start, min(start + BLOCK, len(photos)))
+    for start in tqdm(starts, "searching", unit=" blocks", disable=len(starts) < 20):
+        own = np.arange(start, min(start + BLOCK, len(embeddings)))
         _, neighbours = knn.search(embeddings[own], k, own)
         found.append(np.stack([np.repeat(own, k), neighbours.ravel()], 1))
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+
+def _find_pairs(
+    photos: Photos, embedder: Embedder, decoded: DecodedPhotos, config: EngineConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of copies, int [P, 2], and their correlations, float32 [P]."""
+    if config.copy_threshold == 1:
+        return np.zeros((0, 2), int), np.zeros(0, np.float32)
+    pairs = nearest_pairs(build_index(photos, embedder, config), embedder.embed_photos(photos))
+    correlations = correlate_pairs(load_small(decoded, photos), pairs, "comparing photos")
+    found = correlations >= config.copy_threshold
+    return pairs[found], correlations[found]
 
 
 def _best_window(images: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -130,7 +130,7 @@ def load_engine(
     if isinstance(knn, ApproximateKNN) and knn.is_new and len(chosen) > 1:
         own = np.linspace(0, len(chosen) - 1, min(RECALL_QUERIES, len(chosen))).astype(int)
         describe_quality(knn, knn.gallery[own], own, config)
-    return SearchEngine(approach, embedder, chosen, knn)
+    return SearchEngine(approach, embedder, chosen, knn, config.copy_threshold)
 
 
 def embed_part(embedder: Embedder, folder: Path, cache: Path | None, exclude: tuple[str, ...] = ()) -> None:

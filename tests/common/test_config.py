@@ -165,6 +165,7 @@ def test_the_range_of_every_hyperparameter_is_checked(script, name, limits):
 def test_which_hyperparameters_have_a_range():
     assert {name: tuple(limits) for name, limits in ranges("siamese").items()} == {
         "graph_depth": (1, 32_768),
+        "copy_threshold": (0.5, 1),
         "allow_unreadable": (0, 1),
         "embed_batch_size": (0, 65_536),
         "image_size": (0, 4096),
@@ -189,6 +190,7 @@ def test_which_hyperparameters_have_a_range():
     }
     assert {name: tuple(limits) for name, limits in ranges("app").items()} == {
         "graph_depth": (1, 32_768),
+        "copy_threshold": (0.5, 1),
         "port": (1, 65_535),
         "max_megabytes": (1, 10_000),
     }

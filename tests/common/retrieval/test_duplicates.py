@@ -6,9 +6,15 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from common.data.photos import load_photos
+from common.config import EngineConfig
+from common.data.photos import load_library, load_photos
 from common.models.decoded import DecodedPhotos
-from common.retrieval.duplicates import MIN_CORRELATION, SIZE, SMALL, correlate, find_copies, group_pairs, to_grey
+from common.retrieval.duplicates import SIZE, SMALL, correlate, find_copies, group_pairs, to_grey
+from common.retrieval.engine import SearchEngine
+from common.retrieval.exact import CosineKNN
+from common.retrieval.protocol import raw_pixel_embedder
+
+MIN_CORRELATION = EngineConfig.copy_threshold
 
 
 def textured(rng, size=200):
@@ -101,3 +107,51 @@ def test_a_single_photo_has_no_copies(embedder, tmp_path):
     alone = find_copies(photos.subset(np.array([1])), embedder, decoded)
     assert alone.groups == []
     assert alone.correlations.tolist() == [0]
+
+
+# Copies in answers
+
+
+def engine_of(folder):
+    """Compares raw pixels."""
+    embedder = raw_pixel_embedder(None)
+    gallery = load_library(folder, [embedder])
+    return SearchEngine("pixels", embedder, gallery, CosineKNN(embedder.embed_photos(gallery)))
+
+
+def test_copies_are_shown_as_one(synthetic_photos, tmp_path):
+    """Ten files of one photo, and three recompressed ones, take one place of an answer."""
+    query, copied, *others = sorted((synthetic_photos / "cat").iterdir())[:8]
+    image = Image.open(copied).convert("RGB")
+    for number in range(10):
+        shutil.copy(copied, tmp_path / f"a{number}.jpg")
+    for quality in (30, 50, 70):
+        image.resize((150, 150)).save(tmp_path / f"b{quality}.jpg", quality=quality)
+    for file in others:
+        shutil.copy(file, tmp_path / f"c{file.name}")
+    engine = engine_of(tmp_path)
+    result = engine.search_and_show(query.read_bytes(), 4, 50)
+    assert len(result.indices) == 4
+    assert list(result.thumbnails) == result.indices
+    assert result.similarities == sorted(result.similarities, reverse=True)
+    (shown,) = result.copies
+    assert sorted([shown, *result.copies[shown]]) == list(range(13))
+    ranking = engine.search(query.read_bytes(), len(engine.gallery)).indices
+    assert shown == next(index for index in ranking if index < 13)
+    assert [index for index in result.indices if index != shown] == [index for index in ranking if index >= 13][:3]
+    assert len(engine.search_and_show(query.read_bytes(), 99, 50).indices) == 1 + len(others)
+
+    engine.copy_threshold = 1  # the same file alone
+    result = engine.search_and_show(query.read_bytes(), 99, 50)
+    assert len(result.indices) == 4 + len(others)
+    assert [sorted([index, *copies]) for index, copies in result.copies.items()] == [list(range(10))]
+
+
+def test_a_copy_stands_in_for_a_file_that_has_gone(synthetic_photos, tmp_path):
+    query, copied = sorted((synthetic_photos / "cat").iterdir())[:2]
+    for name in "abc":
+        shutil.copy(copied, tmp_path / f"{name}.jpg")
+    engine = engine_of(tmp_path)
+    (tmp_path / "a.jpg").unlink()
+    result = engine.search_and_show(query.read_bytes(), 5, 50)
+    assert (result.indices, result.copies, list(result.lost)) == ([1], {1: [2]}, [0])
