@@ -205,7 +205,7 @@ def main(config: Config) -> Path:
     config = replace(config, view_size=require_view_size(backbone, config.view_size))
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
-    split = run.load_photos(decoded)
+    split = run.load_photos(decoded, frozen=frozen)
 
     network, targets = Autoencoder(backbone, config), None
     small = decoded.load_small(split.train, PCA_PHOTOS, SMALL)  # Nx3x32x32

@@ -140,7 +140,8 @@ def main(config: Config) -> Path:
         config = replace(config, view_size=require_view_size(backbone, config.view_size))
     decoded = DecodedPhotos(backbone.preprocessing, run.cache if config.epochs else None)
     frozen = run.embedder(backbone.network, decoded)
-    split = run.load_photos(decoded if config.epochs else frozen)  # filled as the files are read
+    consumer = decoded if config.epochs else frozen  # filled as the files are read
+    split = run.load_photos(consumer, frozen=frozen)
     if config.epochs and len(split.train.classes) < 2:
         raise UserError(
             f"{run.folder} has one class only, but fine-tuning learns to tell classes apart: use the features as they "

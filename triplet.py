@@ -31,13 +31,13 @@ from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.heads import MultiLevelNetwork
+from common.models.heads import MultiLevelNetwork, Task
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import GroupSampler
 from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
-from common.report.run import Run, Task
+from common.report.run import Run
 
 SYNTHETIC_OVERRIDES = {"image_size": (224, 128), "view_size": (160, 96), "epochs": (8, 5)}  # (default, quick run)
 
@@ -148,7 +148,7 @@ def main(config: Config) -> Path:
     config = replace(config, view_size=require_view_size(backbone, config.view_size))
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
-    split = run.load_photos(decoded)
+    split = run.load_photos(decoded, frozen=frozen)
     views_alone, with_classifier = config.view_weight > 0, config.kind_weight > 0
     task = run.prepare_training(frozen, backbone.weights, split, views_alone, with_classifier)
 

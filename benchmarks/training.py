@@ -35,12 +35,12 @@ from common.device import choose_device, choose_precision
 from common.models.augment import ERASED, HUE, JITTER, SHEAR, STRETCH
 from common.models.backbones import load_backbone, load_preprocessing
 from common.models.decoded import DecodedPhotos
-from common.models.heads import MultiLevelNetwork
+from common.models.heads import MultiLevelNetwork, Task
 from common.models.losses import structural_similarity, unsupervised_losses
 from common.models.preprocessing import Preprocessing, shrink
 from common.models.samplers import GroupSampler
 from common.parallel import parallel_map
-from common.report.run import Run, Task
+from common.report.run import Run
 
 NUM_KINDS = 1000  # of ImageNet
 

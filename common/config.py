@@ -69,6 +69,7 @@ class RunConfig(EngineConfig):
     )
     also: tuple[str, ...] = ()  # more labelled folders to test on alone, each photo searching the others
     labelled: bool = True  # False: folders are no classes; train on views alone
+    group_duplicates: bool = False  # keep near-copies on one side of the split; finding them takes a minute or two
     allow_unreadable: Annotated[float, Range(0, 1)] = 0.1  # of the photos, as a fraction; more stop the run
     seed: int = 0  # of the split, the initial weights, the order of the photos, their views and the distorted copies
 

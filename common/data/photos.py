@@ -1,8 +1,7 @@
 """Photos of a folder: each file is read and hashed once, and handed to whatever a run makes of it."""
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,12 +12,12 @@ from tqdm import tqdm
 
 from common.config import UserError
 from common.data import synthetic
+from common.data.file_hashes import FileHashes, hash_content
 from common.data.folders import ALL, Found, Selection, describe_classes, find_photos
 from common.data.left_out import count_reasons, report_left_out
 from common.data.sources import require_folder
 from common.device import limit_torch_threads
 from common.parallel import parallel_map
-from common.row_cache import RowCache
 
 MAX_KEPT_BYTES = 500_000_000  # files are kept in memory up to this size, so that a run does not read them again
 NO_CLASS = ""  # the class of a photo whose class is unknown
@@ -70,6 +69,8 @@ class Photos:
         sha256: bytes [N] ('S64'), the hash of each file in hexadecimal.
         skipped: {"path", "reason"} of each file that is not a readable photo of a class.
         files: the contents of some of them.
+        known: where the hashes are kept for the next time; None: nowhere.
+        groups: bytes [N] ('S64'), equal for photos that a split keeps together: by default `sha256`.
     """
 
     folder: Path
@@ -80,6 +81,12 @@ class Photos:
     sha256: np.ndarray
     skipped: list[dict[str, str]] = field(default_factory=list)
     files: FileStore = field(default_factory=FileStore, repr=False)
+    known: FileHashes | None = field(default=None, repr=False)
+    groups: np.ndarray = field(default_factory=lambda: np.array([], "S64"), repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != len(self.sha256):
+            object.__setattr__(self, "groups", self.sha256)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -103,6 +110,8 @@ class Photos:
         except OSError as error:
             raise UserError(f"{path} can no longer be read ({error.strerror}): run again without it") from error
         if hash_content(data) != sha256:
+            if self.known:
+                self.known.distrust(self.paths[index])
             raise UserError(f"{path} changed while it was in use: run again")
         return data
 
@@ -113,12 +122,14 @@ class Photos:
             paths=[self.paths[index] for index in indices],
             labels=self.labels[indices],
             sha256=self.sha256[indices],
+            groups=self.groups[indices],
         )
 
-
-def hash_content(data: bytes) -> bytes:
-    """SHA-256 of a file's content, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest().encode()
+    def grouped(self, groups: Mapping[bytes, bytes]) -> "Photos":
+        """The same photos, those of the contents {sha256: group} in these groups."""
+        return dataclasses.replace(
+            self, groups=np.array([groups.get(sha256, sha256) for sha256 in self.sha256.tolist()], "S64")
+        )
 
 
 def load_photos(
@@ -171,15 +182,12 @@ def load_library(
     found = found._replace(photos=[(path, name or NO_CLASS) for path, name in found.photos[chosen]])
     paths = [path for path, _ in found.photos]
     reasons: dict[str, str] = {}
-    with RowCache(cache, "SHA-256 of files by path, size and times of change", (), "S64") as known:
-        stamps = _stamps(folder, paths)
-        hashes = np.zeros(len(paths), "S64")
-        rows, is_known = known.get(stamps)
-        hashes[is_known] = rows
-        hashes = _read(folder, paths, hashes, consumers, None, reasons, label)
-        new = ~is_known & (hashes != b"")
-        known.put(stamps[new], hashes[new])
-    return _photos(folder, found, hashes, reasons, FileStore(), dataclasses.replace(selection, allow_unreadable=1.0))
+    known = FileHashes(cache, folder)
+    stamps, hashes = known.look_up(paths)
+    hashes = _read(folder, paths, hashes, consumers, None, reasons, label)
+    known.keep(stamps, hashes)
+    photos = _photos(folder, found, hashes, reasons, FileStore(), dataclasses.replace(selection, allow_unreadable=1.0))
+    return dataclasses.replace(photos, known=known)
 
 
 def _find(folder: Path, selection: Selection) -> Found:
@@ -281,19 +289,3 @@ def _photos(
         skipped=[{"path": path, "reason": reasons[path]} for path in sorted(reasons)],
         files=files,
     )
-
-
-def _stamps(folder: Path, paths: Iterable[str]) -> np.ndarray:
-    """For each of N files below `folder` a hash of its path, size and times of change: 'S64' [N]."""
-    root = str(folder.resolve())
-
-    def stamp(path: str) -> bytes:
-        try:
-            status = Path(root, path).stat()
-            # A program may set the time of a file's content; that of the file itself changes all the same.
-            told = f"{root}/{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-        except OSError:
-            told = f"{root}/{path} gone"
-        return hash_content(told.encode(errors="surrogateescape"))
-
-    return np.array([stamp(path) for path in paths], "S64")

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from common.data.photos import FileConsumer, Photos, load_photos
 QUERY_FRACTION = 0.1
 MAX_HELD_OUT = 500  # photos
 MIN_UNSEEN_CLASSES = 4  # that `--split unseen` needs: two to train on, two to search
+
+Group = Callable[[Sequence[Photos]], Mapping[bytes, bytes]]
 
 
 @dataclass(frozen=True)
@@ -56,32 +58,36 @@ def load_split(
     consumers: Sequence[FileConsumer] = (),
     labelled: bool = True,
     selection: Selection = ALL,
+    group: Group | None = None,
 ) -> Split:
     """The photos of an evaluation: those to train on, those searched, and those to search with.
 
     Args:
         folder: the photos.
-        queries: another folder with the query photos; a photo of `folder` that is byte-identical to one of them leaves
-            the gallery. "": a tenth of `folder` is held out as queries.
+        queries: another folder with the query photos, copies of which leave the gallery. "": a tenth of `folder` is
+            held out as queries.
         split: "test"; "validation": the queries are a tenth of the gallery, and the test queries stay unseen; or
-            "unseen": the first half of the classes is trained on, and each photo of the others searches all others of
-            those (leave one out).
+            "unseen": see `split_by_class`.
         seed: of the split.
         consumers: see `load_photos`.
         labelled: whether folders and file names tell classes; if not, all photos are of one.
         selection: which files are used.
+        group: which contents of the photos in all folders stay on one side, {sha256: group}; None: equal ones alone.
 
     Raises:
         UserError: as `load_photos`, or there are too few photos or classes.
     """
-    photos = load_photos(folder, consumers, labelled=labelled, selection=selection)
+    if split == "unseen" and queries:
+        raise UserError("split unseen takes its queries from the classes not trained on: leave --queries out")
+    parts = [load_photos(folder, consumers, labelled=labelled, selection=selection)]
+    if queries:
+        parts.append(load_photos(Path(queries), consumers, "reading queries", labelled, selection))
+    groups = group(parts) if group else {}
+    photos, *others = (part.grouped(groups) for part in parts)
     if split == "unseen":
-        if queries:
-            raise UserError("split unseen takes its queries from the classes not trained on: leave --queries out")
         return split_by_class(photos, seed)
     if queries:
-        others = load_photos(Path(queries), consumers, "reading queries", labelled, selection)
-        gallery, held_out = _with_queries_of(photos, others)
+        gallery, held_out = _with_queries_of(photos, *others)
     else:
         gallery, held_out = split_photos(photos, seed, "test")
     if split == "validation":
@@ -92,9 +98,10 @@ def load_split(
 def split_photos(photos: Photos, seed: int, purpose: str) -> tuple[Photos, Photos]:
     """Holds `QUERY_FRACTION` of each class out as queries: (gallery, queries).
 
-    The photos of a class are ordered by a hash of their content, the seed and `purpose`, and the first tenth become
-    queries. So byte-identical photos stay together, file names and order don't matter, and when photos are added the
-    others keep their side, except for the few next to the boundary. A class with a single content stays in the gallery.
+    The photos of a class are ordered by a hash of their group (of their content, unless near-copies are grouped), the
+    seed and `purpose`, and the first tenth become queries. So copies stay together, file names and order don't matter,
+    and when photos are added the others keep their side, except for the few next to the boundary. A class of a single
+    group stays in the gallery.
     """
     held_out = _held_out(photos, seed, purpose, at_least=1)
     if not held_out.any():
@@ -115,7 +122,7 @@ def hold_out(gallery: Photos, seed: int) -> tuple[Photos, Photos]:
     if len(held_out) > MAX_HELD_OUT:
         held_out = held_out[np.linspace(0, len(held_out) - 1, MAX_HELD_OUT).astype(int)]
     validation = gallery.subset(held_out)
-    return gallery.subset(np.flatnonzero(~np.isin(gallery.sha256, validation.sha256))), validation
+    return gallery.subset(np.flatnonzero(~np.isin(gallery.groups, validation.groups))), validation
 
 
 def split_by_class(photos: Photos, seed: int) -> Split:
@@ -133,7 +140,7 @@ def split_by_class(photos: Photos, seed: int) -> Split:
     test = leave_one_out(
         dataclasses.replace(photos.subset(unknown), labels=photos.labels[unknown] - half, classes=photos.classes[half:])
     )
-    known = known.subset(np.flatnonzero(~np.isin(known.sha256, test.gallery.sha256)))
+    known = known.subset(np.flatnonzero(~np.isin(known.groups, test.gallery.groups)))
     return Split(*hold_out(dataclasses.replace(known, classes=photos.classes[:half]), seed), test)
 
 
@@ -141,7 +148,7 @@ def leave_one_out(photos: Photos) -> TestSet:
     """Every photo searches all others. Of byte-identical photos the first one stays; the only photo of a class is
     searched, but has nothing to find. Raises `UserError` if that is so for all.
     """
-    gallery = photos.subset(np.sort(np.unique(photos.sha256, return_index=True)[1]))
+    gallery = photos.subset(np.sort(np.unique(photos.groups, return_index=True)[1]))
     queries = np.flatnonzero(np.bincount(gallery.labels)[gallery.labels] > 1)
     if not len(queries):
         raise UserError(f"{photos.folder} has no class of two different photos: there is nothing to find")
@@ -203,7 +210,7 @@ def _with_queries_of(photos: Photos, queries: Photos) -> tuple[Photos, Photos]:
         )
     labels = np.searchsorted(photos.classes, np.array(queries.classes)[queries.labels])
     queries = dataclasses.replace(queries, labels=labels, classes=photos.classes)
-    gallery = photos.subset(np.flatnonzero(~np.isin(photos.sha256, queries.sha256)))
+    gallery = photos.subset(np.flatnonzero(~np.isin(photos.groups, queries.groups)))
     if missing := set(queries.labels.tolist()) - set(gallery.labels.tolist()):
         names = ", ".join(photos.classes[label] for label in sorted(missing))
         raise UserError(f"every photo of {names} in {photos.folder} is also in {queries.folder}: no match is left")
@@ -212,8 +219,8 @@ def _with_queries_of(photos: Photos, queries: Photos) -> tuple[Photos, Photos]:
 
 def _held_out(photos: Photos, seed: int, purpose: str, at_least: int) -> np.ndarray:
     """bool [N]: the tenth of each class to hold out, `at_least` so many of a class with two contents or more."""
-    counts = [Counter(photos.sha256[places].tolist()) for places in group_by_class(photos.labels)]
-    # sha256 -> is held out; the only content of a class stays, even if another class has a copy of it
+    counts = [Counter(photos.groups[places].tolist()) for places in group_by_class(photos.labels)]
+    # group -> is held out; the only content of a class stays, even if another class has a copy of it
     is_held_out = {content: False for copies in counts if len(copies) == 1 for content in copies}
     for copies in counts:
         quota = max(at_least, round(QUERY_FRACTION * copies.total())) if len(copies) > 1 else 0
@@ -221,7 +228,7 @@ def _held_out(photos: Photos, seed: int, purpose: str, at_least: int) -> np.ndar
         for content in sorted(copies.keys() - is_held_out.keys(), key=partial(_rank, seed, purpose)):
             is_held_out[content] = quota > 0
             quota -= copies[content] if is_held_out[content] else 0
-    return np.array([is_held_out[content] for content in photos.sha256.tolist()], bool)
+    return np.array([is_held_out[content] for content in photos.groups.tolist()], bool)
 
 
 def _rank(seed: int, purpose: str, content: bytes) -> str:

@@ -13,7 +13,7 @@ from common.storage import atomic_write
 SCHEMA = 5  # version of the fields below
 # May differ when a run is resumed. Photos and weights are compared themselves, not where they lie.
 RESUMABLE_FIELDS = {
-    *("data", "queries", "also", "weights"),
+    *("data", "queries", "also", "weights", "group_duplicates"),
     *("results", "cache", "resume", "device", "embed_batch_size", "compile"),
     *("engine", "graph_code", "graph_depth", "exclude", "allow_unreadable", "copy_threshold"),
 }
@@ -35,6 +35,7 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None  # state dicts; None after the last epoch
     scaler: dict[str, Any] | None = None
     verification: dict[str, float] = field(default_factory=dict)  # as in the result file, once it is written
+    groups: dict[str, str] = field(default_factory=dict)  # of near-copies kept together: SHA-256 -> that of the first
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
@@ -57,7 +58,7 @@ class Checkpoint:
                 f"{path} is not a checkpoint that torch can load safely: delete it and train again"
             ) from error
         names = {each.name for each in dataclasses.fields(cls)}
-        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or stored.keys() != names:
+        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or stored.keys() | {"groups"} != names:
             raise UserError(f"{path} is not a checkpoint of this version: name another, or train again")
         return cls(**stored)
 

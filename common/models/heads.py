@@ -1,7 +1,7 @@
 """A backbone with a head for each level of similarity: the network of the approaches that learn from classes."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,20 @@ from common.models.pca import principal_components
 
 MAX_SAMPLE = 20_000  # photos that the heads' initial weights are computed from
 RIDGE = 0.01  # penalty of the fitted logits, relative to the mean variance of a feature
+
+
+class Task(NamedTuple):
+    """What there is to learn from beside the photos themselves."""
+
+    has_classes: bool
+    features: torch.Tensor  # float32 [M, C], unit vectors: what the backbone makes of photos before training
+    kinds: torch.Tensor | None = None  # float32 [M, K], square roots of the pre-trained classifier's probabilities
+    targets: torch.Tensor | None = None  # float32 [N, D], what is to be kept of each of the N training photos
+
+    @property
+    def num_kinds(self) -> int:
+        """K, or 0 without a classifier."""
+        return 0 if self.kinds is None else self.kinds.shape[1]
 
 
 class FeatureHead(nn.Module):

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from PIL.Image import Image
 
 from common.data.split import TestSet
 from common.retrieval.distortions import KINDS
@@ -22,6 +24,10 @@ SUMMARY = (  # metrics on the screen; the result file has all
     *(f"instance_hit_rate@1_{kind}" for kind in KINDS),
 )
 ALSO_SUMMARY = ("hit_rate@1", "precision@5", "map@r")  # of further test sets
+NEAR_COPIES = (
+    "{:,} of the queries have a near-copy among the photos that they search, which flatters the scores:\n"
+    "--group-duplicates keeps copies on one side of the split\n"
+)
 COLUMNS = {"pretrained": "pre-trained", "raw_pixels": "raw pixels", "chance": "chance"}  # baselines
 
 
@@ -35,6 +41,22 @@ def write_json(path: Path, result: dict) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(to_json(result), encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def write_report(path: Path, texts: dict[str, str], arrays: dict[str, np.ndarray], images: dict[str, Image]) -> None:
+    """Writes `path` with each suffix of `texts` and `images`, and `arrays` as .per_query.npz, all or none.
+
+    They are renamed together at the end, the result file last.
+    """
+    with ExitStack() as stack:
+        suffixes = (*texts, ".per_query.npz", *images)
+        files = {suffix: stack.enter_context(atomic_write(path.with_suffix(suffix))) for suffix in suffixes}
+        for suffix, text in texts.items():
+            files[suffix].write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        for suffix, image in images.items():
+            image.save(files[suffix], "PNG")
+        with files[".per_query.npz"].open("wb") as stream:
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
 def per_query(evaluation: Evaluation, test_sets: dict[str, TestSet]) -> dict[str, np.ndarray]:
@@ -71,10 +93,12 @@ def summary(result: dict) -> str:
     counts = ", ".join(f"{count:,} {name}" for name, count in list(dataset["classes"].items())[:6])
     counts += f", ... of {len(dataset['classes']):,} classes" if len(dataset["classes"]) > 6 else ""
     counts = f" ({counts})" if len(dataset["classes"]) > 1 else ""
+    near_copies = dataset.get("near_copies", 0)
     lines = [
         f"\n{result['approach']}: {model['backbone']}, weights {model['weights']}, {model['embedding_dim']} dimensions",
         f"{dataset['name']}: {dataset['gallery']:,} photos in the gallery{counts}, {dataset['queries']:,} queries, "
         f"{len(dataset['skipped'])} skipped\n",
+        *([NEAR_COPIES.format(near_copies)] if near_copies else []),
         *score_table(result, SUMMARY),
     ]
     for name, also in result.get("also", {}).items():

@@ -3,11 +3,11 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from common.config import RunConfig, UserError, apply_overrides, hyperparameters
 from common.data.folders import Selection
 from common.data.photos import FileConsumer, Photos, load_photos
 from common.data.sources import locate_photos
-from common.data.split import Split, TestSet, describe, describe_test_set, fingerprint, leave_one_out, load_split
+from common.data.split import Group, Split, TestSet, describe, describe_test_set, fingerprint, leave_one_out, load_split
 from common.data.synthetic import is_synthetic
 from common.device import choose_device
 from common.distributed import connect, disconnect, first_process_first, world
@@ -26,12 +26,14 @@ from common.models.backbones import load_classifier
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
+from common.models.heads import Task
 from common.models.preprocessing import Preprocessing
 from common.models.training import Sampler, TrainingStep, train
 from common.models.weights import UNTRAINED
 from common.report.environment import current_commit, describe_environment, peak_memory
 from common.report.pictures import draw_evaluation
-from common.report.result_file import SCHEMA, SUMMARY, neighbours_csv, per_query, summary, to_json
+from common.report.result_file import SCHEMA, SUMMARY, neighbours_csv, per_query, summary, to_json, write_report
+from common.retrieval.duplicates import group_copies
 from common.retrieval.index import require_engine
 from common.retrieval.protocol import (
     PROTOCOL,
@@ -44,24 +46,10 @@ from common.retrieval.protocol import (
     score_chance,
     with_intervals,
 )
-from common.storage import atomic_write, cache_folder, require_writable
+from common.storage import cache_folder, require_writable
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 SAMPLE = 512  # photos from whose features untrained heads start
-
-
-class Task(NamedTuple):
-    """What there is to learn from beside the photos themselves; see `Run.prepare_training`."""
-
-    has_classes: bool
-    features: torch.Tensor  # float32 [M, C], unit vectors: what the backbone makes of photos before training
-    kinds: torch.Tensor | None = None  # float32 [M, K], square roots of the pre-trained classifier's probabilities
-    targets: torch.Tensor | None = None  # float32 [N, D], what is to be kept of each of the N training photos
-
-    @property
-    def num_kinds(self) -> int:
-        """K, or 0 without a classifier."""
-        return 0 if self.kinds is None else self.kinds.shape[1]
 
 
 @dataclass
@@ -78,6 +66,7 @@ class Run(Generic[ConfigT]):
     started: float  # time.perf_counter
     also: dict[str, TestSet] = field(default_factory=dict)  # further test sets, by the names of their folders
     baselines: dict[str, dict[str, Values]] = field(default_factory=dict)  # by name, then by test set
+    groups: dict[bytes, bytes] = field(default_factory=dict)  # of near-copies, see `load_split`
 
     @classmethod
     def begin(cls, approach: str, config: ConfigT, synthetic_overrides: Mapping[str, tuple[Any, Any]]) -> "Run":
@@ -109,19 +98,32 @@ class Run(Generic[ConfigT]):
         """Of this approach's checkpoint."""
         return Path(self.config.results) / f"{self.approach}.pt"
 
-    def load_photos(self, *consumers: Embedder | DecodedPhotos) -> Split:
-        """What to train on and to test on. Each file is read once, and handed to the consumers and to the baseline."""
+    def load_photos(self, *consumers: Embedder | DecodedPhotos, frozen: Embedder | None = None) -> Split:
+        """What to train on and to test on. Each file is read once, and handed to the consumers and to the baseline.
+
+        `frozen`: the network that finds near-copies where `config.group_duplicates` asks for it.
+        """
         if world().size > 1:  # which embed a part each, later
             consumers = tuple(each for each in consumers if not isinstance(each, Embedder))
+        group = None
+        if frozen and self.config.group_duplicates:
+            consumers = tuple(dict.fromkeys((*consumers, frozen)))
+            group = partial(self._group_copies, frozen)
         with first_process_first():
             for consumer in consumers:
                 consumer.rows.refresh()
-            return self._load_photos((*consumers, self.raw_pixels))
+            return self._load_photos((*consumers, self.raw_pixels), group)
 
-    def _load_photos(self, consumers: Sequence[FileConsumer]) -> Split:
+    def _group_copies(self, frozen: Embedder, parts: Sequence[Photos]) -> dict[bytes, bytes]:
+        self.groups = group_copies(parts, frozen, self.config.copy_threshold)
+        print(f"{len(self.groups):,} photos have near-copies, which stay on one side of the split", flush=True)
+        return self.groups
+
+    def _load_photos(self, consumers: Sequence[FileConsumer], group: Group | None) -> Split:
         config = self.config
         chosen = Selection(config.exclude, config.allow_unreadable, Path(config.results))
-        split = load_split(self.folder, config.queries, config.split, config.seed, consumers, config.labelled, chosen)
+        searched = self.folder, config.queries, config.split, config.seed
+        split = load_split(*searched, consumers, config.labelled, chosen, group)
         for folder in map(Path, config.also):
             name = folder.absolute().name  # that of . would be empty
             if name in self.also:
@@ -194,6 +196,7 @@ class Run(Generic[ConfigT]):
             photos=fingerprint(photos),
             folder=str(self.folder.resolve()),
             queries=str(Path(self.config.queries).resolve()) if self.config.queries else "",
+            groups={sha256.decode(): group.decode() for sha256, group in self.groups.items()},
         )
 
     def embedder(self, network: torch.nn.Module, decoded: DecodedPhotos) -> Embedder:
@@ -240,15 +243,8 @@ class Run(Generic[ConfigT]):
         texts = {".json": to_json(result), ".neighbours.csv": neighbours_csv(split.test, evaluation)}
         images = {".png": picture, **{f".{name}.png": image for name, image in (pictures or {}).items()}}
         self._add_verification(evaluation)
-        with ExitStack() as stack:  # renamed together at the end, the result file last
-            suffixes = (*texts, ".per_query.npz", *images)
-            files = {suffix: stack.enter_context(atomic_write(path.with_suffix(suffix))) for suffix in suffixes}
-            for suffix, text in texts.items():
-                files[suffix].write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-            for suffix, image in images.items():
-                image.save(files[suffix], "PNG")
-            with files[".per_query.npz"].open("wb") as stream:
-                np.savez_compressed(stream, **per_query(evaluation, {"": split.test, **self.also}))  # type: ignore[arg-type]
+        arrays = per_query(evaluation, {"": split.test, **self.also})
+        write_report(path, texts, arrays, images)
         print(summary(result))
         print(f"\nwritten: {path} and, beside it, .neighbours.csv, .per_query.npz and .png")
         return path
@@ -274,7 +270,7 @@ class Run(Generic[ConfigT]):
             "approach": self.approach,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "config": hyperparameters(self.config),
-            "dataset": {**describe(split), "synthetic": self.is_synthetic},
+            "dataset": {**describe(split), "near_copies": evaluation.near_copies, "synthetic": self.is_synthetic},
             "model": {
                 **model,
                 "parameters": sum(parameter.numel() for parameter in embedder.network.parameters()),

@@ -6,6 +6,7 @@ which changes of brightness and contrast don't alter. All windows of small image
 edges of the best one are then moved by fractions of a pixel in larger images.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from common.config import EngineConfig
 from common.data.photos import Photos
+from common.data.split import TestSet
 from common.device import limit_torch_threads
 from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
@@ -67,6 +69,30 @@ def find_copies(photos: Photos, embedder: Embedder, decoded: DecodedPhotos, conf
     order = np.argsort(group, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
     return Copies([group for group in groups if len(group) > 1], best[inverse])
+
+
+def group_copies(parts: Sequence[Photos], embedder: Embedder, threshold: float) -> dict[bytes, bytes]:
+    """Which contents belong to a group of copies, {sha256: the lowest in its group}, among the photos of all parts."""
+    joined = dataclasses.replace(
+        parts[0],
+        paths=[str(part.path(index).resolve()) for part in parts for index in range(len(part))],
+        labels=np.concatenate([part.labels for part in parts]),
+        sha256=np.concatenate([part.sha256 for part in parts]),
+    )
+    copies = find_copies(joined, embedder, embedder.decoded, EngineConfig(copy_threshold=threshold))
+    contents = [sorted(set(joined.sha256[group].tolist())) for group in copies.groups]
+    return {sha256: group[0] for group in contents if len(group) > 1 for sha256 in group}
+
+
+def count_near_copies(decoded: DecodedPhotos, test: TestSet, neighbours: np.ndarray, threshold: float) -> int:
+    """The number of queries that have a copy among their nearest photos, int [Q, K]: indices into the gallery."""
+    nearest = neighbours[:, :NEIGHBOURS]
+    chosen, places = np.unique(nearest, return_inverse=True)
+    images = [load_small(decoded, photos) for photos in (test.queries, test.gallery.subset(chosen))]
+    own = np.repeat(np.arange(len(nearest)), nearest.shape[1])
+    pairs = np.stack([own, len(nearest) + places.ravel()], 1)
+    are_copies = correlate_pairs(np.concatenate(images), pairs) >= threshold
+    return len(np.unique(own[are_copies]))
 
 
 def load_small(decoded: DecodedPhotos, photos: Photos) -> np.ndarray:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from common.config import EngineConfig, UserError
 from common.data.decode import UnreadablePhotoError
-from common.data.photos import Photos, hash_content
+from common.data.file_hashes import hash_content
+from common.data.photos import Photos
 from common.models.embedder import Embedder
 from common.parallel import parallel_map
 from common.retrieval.duplicates import group_similar

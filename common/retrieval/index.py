@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from common.config import EngineConfig, UserError
-from common.data.photos import Photos, hash_content
+from common.data.file_hashes import hash_content
+from common.data.photos import Photos
 from common.extras import require
 from common.models.embedder import Embedder
 from common.retrieval.approximate import MIN_RECALL, RECALL_K, ApproximateKNN

@@ -174,15 +174,16 @@ def _run_gallery(photos: Photos, checkpoint: Checkpoint, cache: Path | None, sel
     Copies of the photos in a folder of queries that is gone are searched.
     """
     config = checkpoint.config
-    photos = _of_a_class(photos, config["labelled"])
+    groups = {sha256.encode(): group.encode() for sha256, group in checkpoint.groups.items()}
+    photos = _of_a_class(photos, config["labelled"]).grouped(groups)
     if config["split"] == "unseen":
         return split_by_class(photos, config["seed"]).test.gallery
     if not checkpoint.queries:
         photos, _ = split_photos(photos, config["seed"], "test")
     elif any(not reason for _, reason in walk(Path(checkpoint.queries), selection.exclude)):
         queries = load_library(Path(checkpoint.queries), [], cache, "reading queries", selection=selection)
-        queries = _of_a_class(queries, config["labelled"])
-        photos = photos.subset(np.flatnonzero(~np.isin(photos.sha256, queries.sha256)))
+        queries = _of_a_class(queries, config["labelled"]).grouped(groups)
+        photos = photos.subset(np.flatnonzero(~np.isin(photos.groups, queries.groups)))
     if config["split"] == "validation":
         photos, _ = split_photos(photos, config["seed"], "validation")
     return photos

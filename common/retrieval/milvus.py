@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import EngineConfig, UserError, first_line
-from common.data.photos import Photos, hash_content
+from common.data.file_hashes import hash_content
+from common.data.photos import Photos
 from common.extras import require
 from common.models.embedder import Embedder
 from common.retrieval.approximate import ApproximateKNN, unique_ids

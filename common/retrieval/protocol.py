@@ -19,6 +19,7 @@ from common.data.split import Split, TestSet
 from common.models.embedder import Embedder
 from common.models.preprocessing import Preprocessing
 from common.retrieval import distortions, metrics, timing
+from common.retrieval.duplicates import count_near_copies
 from common.retrieval.exact import CosineKNN
 from common.retrieval.index import EXACT, build_index, describe_quality
 from common.retrieval.verification import verify
@@ -48,6 +49,7 @@ class Evaluation:
     similarities: np.ndarray
     neighbours: np.ndarray
     search: dict  # of its engine
+    near_copies: int = 0  # queries that have a copy among their nearest photos
 
 
 def evaluate(
@@ -85,6 +87,7 @@ def evaluate(
         similarities=similarities,
         neighbours=neighbours,
         search=describe_quality(knn, query_embeddings, test.exclude, config),
+        near_copies=count_near_copies(embedder.decoded, test, neighbours, config.copy_threshold),
     )
 
 

@@ -18,9 +18,8 @@ import triplet
 from common.distributed import connect, disconnect
 from common.models.backbones import load_backbone
 from common.models.checkpoint import Checkpoint
-from common.models.heads import MultiLevelNetwork
+from common.models.heads import MultiLevelNetwork, Task
 from common.models.training import train
-from common.report.run import Task
 
 PHOTOS, CLASSES, KINDS = 40, 3, 10  # five steps of 8
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from common.config import UserError
-from common.data.photos import hash_content, load_library
+from common.data.file_hashes import FileHashes, hash_content
+from common.data.photos import load_library
 from tests.common.data.files import DecodingConsumer, image_of, numbered, sha256_of, tree
 
 
@@ -94,3 +95,18 @@ def test_a_file_replaced_at_equal_size_and_time_is_read_again(tmp_path):
     after = load_library(folder, [], cache, "")
     assert after.sha256[0] == sha256_of(path) != before.sha256[0]
     assert after.sha256[1] == before.sha256[1]
+
+
+def test_a_file_whose_change_no_time_tells_is_read_again_once_it_was_noticed(tmp_path, monkeypatch):
+    """As on file systems that keep no time of change."""
+    monkeypatch.setattr(FileHashes, "_stamp", lambda self, path: hash_content(path.encode()))
+    folder, cache = numbered(tmp_path / "mine", 2), tmp_path / "cache"
+    load_library(folder, [], cache, "")
+    (folder / "a" / "0.png").write_bytes(b"another photo")
+    stale = load_library(folder, [], cache, "")
+    with pytest.raises(UserError, match=r"0\.png changed while it was in use: run again"):
+        stale.read(0)
+    for _ in range(2):
+        fresh = load_library(folder, [], cache, "")
+        assert fresh.read(0) == b"another photo"
+        assert fresh.read(1) == stale.read(1)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from common.config import UserError
 from common.data import photos
-from common.data.photos import hash_content, load_library, load_photos
+from common.data.file_hashes import hash_content
+from common.data.photos import load_library, load_photos
 from common.data.synthetic import draw_dataset
 from tests.common.data.files import DecodingConsumer, encoded, image_of, many, numbered, sha256_of, tree
 

@@ -9,7 +9,8 @@ from PIL import Image
 import common.data.photos
 from common.config import UserError
 from common.data.decode import decode_photo
-from common.data.photos import Photos, hash_content, load_photos
+from common.data.file_hashes import hash_content
+from common.data.photos import Photos, load_photos
 from common.distributed import World
 from common.models import embedder as module
 from common.models import preprocessing as preprocessing_module

@@ -125,6 +125,9 @@ def test_many_classes_and_one_class_in_the_summary():
     assert "(0 c0, 1 c1, 2 c2, 3 c3, 4 c4, 5 c5, ... of 1,000 classes), 200 queries" in summary(result)
     result["dataset"]["classes"] = {"": 1800}
     assert "birds: 1,800 photos in the gallery, 200 queries, 0 skipped" in summary(result)
+    assert "near-copy" not in summary(result)
+    result["dataset"]["near_copies"] = 12
+    assert "12 of the queries have a near-copy among the photos that they search" in summary(result)
 
 
 def test_the_values_of_each_query_by_test_set(synthetic_photos):

@@ -44,7 +44,7 @@ def report(embedder):
         halves = np.tile([0.25, 0.75], 6)
         run.baselines = {name: {"": {"precision@1": halves}} for name in ("chance", "raw_pixels")}
         values = {"": {"precision@1": halves, "map@r": halves}}
-        evaluation = Evaluation(values, {"threshold": 0.5}, timing, similarities, neighbours, {"engine": "hnsw"})
+        evaluation = Evaluation(values, {"threshold": 0.5}, timing, similarities, neighbours, {"engine": "hnsw"}, 3)
         history = options.pop("history", [])
         return run.report(embedder, MODEL, split, evaluation, history, **options)
 
@@ -213,6 +213,7 @@ def test_four_files_and_a_summary(begin, report, capsys):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", result["created"])
     assert result["config"]["data"] == str(run.folder)
     assert result["dataset"]["synthetic"] is True
+    assert result["dataset"]["near_copies"] == 3
     assert result["dataset"]["name"] == "synthetic cats and dogs 1"
     assert result["model"] == {**MODEL, "parameters": 722_496, "embedding_dim": 512}
     assert result["metrics"]["precision@1"]["value"] == 0.5

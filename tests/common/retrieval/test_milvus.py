@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from common.config import EngineConfig, UserError
-from common.data.photos import Photos, hash_content
+from common.data.file_hashes import hash_content
+from common.data.photos import Photos
 from common.retrieval import milvus as module
 from common.retrieval.exact import CosineKNN, normalize
 from common.retrieval.index import build_index, describe_quality, require_engine
