@@ -80,8 +80,8 @@ def test_training_never_sees_the_labels(synthetic_photos, tmp_path, monkeypatch)
     states = []
     load_photos, train = Run.load_photos, Run.train
 
-    def relabelled(self, *consumers):
-        split = load_photos(self, *consumers)
+    def relabelled(self, *consumers, **options):
+        split = load_photos(self, *consumers, **options)
         labels = np.random.default_rng(len(states)).permutation(split.train.labels)
         return dataclasses.replace(split, train=dataclasses.replace(split.train, labels=labels))
 
