@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from common.cache import KEY, make_room
 from common.config import UserError
 from common.storage import atomic_write, remove_stale
 
@@ -109,6 +110,9 @@ class RowCache:
         self.unwritten_rows = 0
         self.flushed_at = time.monotonic()
         self.opened: set[str] = set()  # names of files
+        if self.folder:
+            with contextlib.suppress(OSError):  # nothing there yet, or not writable
+                os.utime(self.folder / KEY)  # `make_room` removes what was not used for longest
         self.refresh()
 
     def __enter__(self) -> "RowCache":
@@ -175,6 +179,7 @@ class RowCache:
                 return
             try:
                 self.segments.append(self._write_segment(self.folder, self.unwritten))
+                make_room(self.folder.parent)
             except OSError as error:
                 if self.folder.parent not in REFUSED:
                     REFUSED.add(self.folder.parent)
@@ -219,7 +224,7 @@ class RowCache:
         free = shutil.disk_usage(folder).free
         if sum(array.nbytes for array in arrays) > free - MIN_FREE_BYTES:
             raise OSError(f"its disk has {free:,} bytes left")
-        (folder / "key.txt").write_text(self.key + "\n", encoding="utf-8")  # for people: what these rows are
+        (folder / KEY).write_text(self.key + "\n", encoding="utf-8")  # for people: what these rows are
         remove_stale(folder, ".*.part")  # no later segment has the same name
         path = folder / f"{_checksum(*arrays[:3])}-{uuid.uuid4().hex[:8]}.npy"
         with atomic_write(path) as temporary, temporary.open("wb") as stream:

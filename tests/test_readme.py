@@ -141,11 +141,19 @@ def test_the_output_shown_is_of_the_program():
     assert re.findall(r"^(\w+(?:@\w+)?) +\d\.\d{3,4}  \d", offline, re.MULTILINE) == list(SUMMARY)
 
 
+def test_every_module_is_named_in_the_architecture():
+    text = PAGES["docs/architecture.md"]
+    modules = [path for path in (ROOT / "common").rglob("*.py") if path.stem != "__init__"]
+    assert len(modules) > 40
+    assert not [path for path in modules if f"`{path.stem}`" not in text]
+
+
 def test_files_and_flags_that_are_named_exist(capsys):
     for page, text in PAGES.items():
         for name in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / page).parent.joinpath(name).exists(), (page, name)
-    for script in ("cnn_feature_extraction", "autoencoder", "siamese", "triplet", "compare", "search", "app"):
+    approaches = ("cnn_feature_extraction", "autoencoder", "siamese", "triplet")
+    for script in (*approaches, "compare", "search", "app", "common.cache"):
         with pytest.raises(SystemExit):
             parse_config(import_module(script).Config, "", ["--help"])
     told = capsys.readouterr().out + get_args_parser().format_help()
