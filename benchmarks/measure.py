@@ -112,13 +112,18 @@ def sample(photos: Photos, count: int) -> Photos:
     return dataclasses.replace(photos.subset(indices), files=FileStore())
 
 
-def load(config: Any) -> tuple[Embedder, Photos]:
-    """The photos of a benchmark, embedded as cnn_feature_extraction.py does before fine-tuning, and the embedder."""
-    folder, own = locate_photos(config.data), FeatureConfig()
+def load_embedder(config: Any, folder: Path) -> Embedder:
+    """An embedder of photos as cnn_feature_extraction.py has it before fine-tuning; untrained for synthetic ones."""
+    own = FeatureConfig()
     shape = own.image_size, own.pooling, own.whole_photo
-    untrained_if_missing = is_synthetic(folder)
-    network, preprocessing, *_ = load_backbone(config.backbone, config.weights, *shape, untrained_if_missing)
-    embedder = Embedder(network, preprocessing, choose_device(config.device), cache=cache_folder(config.cache))
+    network, preprocessing, *_ = load_backbone(config.backbone, config.weights, *shape, is_synthetic(folder))
+    return Embedder(network, preprocessing, choose_device(config.device), cache=cache_folder(config.cache))
+
+
+def load(config: Any) -> tuple[Embedder, Photos]:
+    """The photos of a benchmark, embedded, and the embedder."""
+    folder = locate_photos(config.data)
+    embedder = load_embedder(config, folder)
     return embedder, load_photos(folder, [embedder], "embedding the photos")
 
 

@@ -9,15 +9,21 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import measure, training
+from benchmarks import duplicates, measure, training
 from common.config import UserError
+from common.data.decode import decode_photo
 from common.data.photos import load_photos
 from common.extras import require
 from common.models.backbones import load_preprocessing
 from tests.conftest import ROOT
 
 CASES = {  # name: (arguments, ratios)
+    "duplicates": (
+        ("--weights", "none", "--photos", "40", "--copies", "5", "--timed", "40"),
+        {f"imagededup_{rival}_{part}" for rival in ("cnn", "phash") for part in ("files", "indexed")},
+    ),
     "embedding": (
         ("--photos", "8", "--networks", "squeezenet1_1 resnet18"),
         {
@@ -76,6 +82,10 @@ def test_a_benchmark(run_benchmark, tmp_path, name):
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert (tmp_path / "results" / f"benchmark_{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "none").exists()
+    if name == "duplicates":
+        assert {len(kinds) for kinds in result["quality"].values()} == {4}
+        assert result["quality"]["ours"]["cropped_area"]["precision"] == 1
+        assert result["quality"]["ours"]["cropped_area"]["recall"] >= 0.6  # of 5 copies
     if name == "engines":  # a depth above the size of the gallery misses nothing
         assert result["curves"]["float32_depth256"]["recall@10"] == 1
         assert all(0.9 < each["recall@10"] <= 1 for each in result["curves"].values())
@@ -128,6 +138,51 @@ def test_rounds_leave_out_the_warm_up():
     assert len(calls) == 3
     assert len(seconds["ours"]) == 2
     assert seconds["timed"] == [7.0, 7.0]
+
+
+def test_precision_and_recall_of_pairs():
+    planted = duplicates.Planted(None, np.array([-1, -1, -1, 0, 0, 1]), np.array([0, 1, 2, 0, 1, 2]))
+    pairs = np.array([[0, 3], [1, 4], [2, 5], [0, 1], [0, 4], [0, 5]])
+    scored = duplicates.Scored(pairs, np.array([0.9, 0.5, 0.4, 0.6, 0.5, 0.95], np.float32))
+    scores, of_copies, copies = duplicates.select(scored, planted, (0,))  # without photo 5
+    assert scores.tolist() == pytest.approx([0.5, 0.5, 0.6, 0.9])
+    assert of_copies.tolist() == pytest.approx([0.5, 0.9])
+    assert copies == 2
+    # F1 at 0.9: 2 * 1 / (1 + 2) = 0.67; at 0.5: 2 * 2 / (4 + 2) = 0.67, too: the lower
+    assert duplicates.best_threshold(scores, of_copies, copies) == 0.5
+    expected = {"precision_at_recall_0.95": 2 / 4, "precision": 1, "recall": 1 / 2}
+    assert duplicates.measure_pairs(scores, of_copies, copies, 0.7) == expected
+    assert duplicates.measure_pairs(scores, of_copies[1:], copies, 0.7)["precision_at_recall_0.95"] is None
+    assert duplicates.measure_pairs(scores, of_copies, copies, 0.99)["precision"] == 0
+
+
+def test_distances_of_hashes_and_similarities_of_features():
+    assert duplicates.compare_hashes(["00000000000000ff", "000000000000000f"]).tolist() == [[0, -4], [-4, 0]]
+    features = np.array([[3, 4], [4, 3], [-3, -4]], np.float32)
+    assert duplicates.compare_features(features)[0].tolist() == pytest.approx([1, 24 / 25, -1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("cropped_area", (179, 89)), ("cropped_sides", (160, 80)), ("toned", (200, 100))]
+)
+def test_what_is_left_of_a_photo(kind, size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 200, 3), np.uint8))
+    copy, quality = duplicates.make_copy(image, kind, np.random.default_rng(1))
+    assert (copy.size, quality) == (size, 90)
+    assert copy.tobytes() != image.tobytes()
+
+
+def test_planted_copies_know_their_photos(synthetic_photos, tmp_path):
+    planted = duplicates.plant(load_photos(synthetic_photos), 3, tmp_path, 0)
+    assert len(planted.photos) == 120 + 4 * 3
+    assert np.bincount(planted.kinds + 1).tolist() == [120, 3, 3, 3, 3]
+    assert np.bincount(planted.origins).max() == 2
+    copies = np.flatnonzero(planted.kinds == 3)
+    for copy in copies:
+        (original,) = np.flatnonzero((planted.origins == planted.origins[copy]) & (planted.kinds == -1))
+        pixels = [decode_photo(planted.photos.read(index)) for index in (copy, original)]
+        assert pixels[0].size == pixels[1].size
+        assert np.corrcoef(*(np.asarray(image).mean(2).ravel() for image in pixels))[0, 1] > 0.9
 
 
 def test_a_gallery_larger_than_the_photos():
