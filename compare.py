@@ -37,7 +37,7 @@ from common.report.comparison_plot import BASELINES, draw_comparison, remarks
 from common.report.maps import draw_map
 from common.retrieval.loading import load_available, load_embedder
 from common.retrieval.protocol import raw_pixel_embedder
-from common.storage import atomic_write, cache_folder
+from common.storage import atomic_write, cache_folder, report_unwritable
 
 QUALITY = (
     *("precision@5", "recall@100", "accuracy@5", "map@100"),
@@ -197,12 +197,13 @@ def main(config: Config) -> None:
     require_comparable(results)
     text = table(results) + differences(results) + spread(everything)
     print(text)
-    with atomic_write(folder / "comparison.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"written: {folder / 'comparison.md'}")
-    with atomic_write(folder / "comparison.png") as temporary:
-        draw_comparison(temporary, results)
-    print(f"written: {folder / 'comparison.png'}")
+    with report_unwritable():
+        with atomic_write(folder / "comparison.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"written: {folder / 'comparison.md'}")
+        with atomic_write(folder / "comparison.png") as temporary:
+            draw_comparison(temporary, results)
+        print(f"written: {folder / 'comparison.png'}")
     if config.map:
         maps = load_available(folder, lambda approach: map_of(approach, config))
         for approach, picture in maps.items():

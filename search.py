@@ -42,7 +42,7 @@ from common.retrieval.loading import (
     load_pretrained,
     open_network,
 )
-from common.storage import atomic_write, cache_folder
+from common.storage import atomic_write, cache_folder, report_unwritable
 
 MAX_ROWS = 12  # queries in the picture
 
@@ -170,9 +170,10 @@ def search_photos(engine: SearchEngine, queries: dict[str, bytes | None], k: int
             print(f"error: {name}: {error}", file=sys.stderr)
     if rows:
         subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"
-        with atomic_write(picture) as temporary:
-            draw_rows("search", subheading, rows).save(temporary, "PNG")
-        print(f"\nwritten: {picture}")
+        with report_unwritable():
+            with atomic_write(picture) as temporary:
+                draw_rows("search", subheading, rows).save(temporary, "PNG")
+            print(f"\nwritten: {picture}")
     return unusable
 
 

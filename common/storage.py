@@ -37,6 +37,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def report_unwritable() -> Iterator[None]:
+    """For files beside an answer that is printed: a line names one that can't be written, and the program goes on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{error.filename} can't be written: {error.strerror}", flush=True)
+
+
 def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
     """Writes a table; characters of file names that UTF-8 can't encode are escaped."""
     with (

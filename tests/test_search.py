@@ -143,10 +143,13 @@ def test_queries_are_checked_before_the_index(run_script, trained, synthetic_pho
 def test_an_index_that_holds_the_query_alone(run_script, trained, synthetic_photos, tmp_path):
     (tmp_path / "mine").mkdir()
     photo = shutil.copy(next(synthetic_photos.rglob("*.jpg")), tmp_path / "mine" / "a.jpg")
-    results = ("--results", str(trained), "--approach", "siamese")
+    results = ("--approach", "siamese")
+    (tmp_path / "results" / "search.png" / "in").mkdir(parents=True)  # in the way of the picture
+    shutil.copy(trained / "siamese.pt", tmp_path / "results")
     ended = run_script("search.py", str(photo), "--index", "mine", *results)
     assert ended.returncode == 0, ended.stderr
     assert "there is no other photo to search" in ended.stdout
+    assert "search.png can't be written: " in ended.stdout
     shutil.copy(sorted(synthetic_photos.rglob("*.jpg"))[-1], tmp_path / "mine" / "b.jpg")
     ended = run_script("search.py", str(photo), "--index", "mine", *results)
     (line,) = (line for line in ended.stdout.splitlines() if line.startswith("   1  "))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.storage import write_csv
+from common.storage import report_unwritable, write_csv
 
 MAX_NAME = 100  # characters of the folder in the name of its list
 
@@ -26,14 +26,12 @@ def report_left_out(folder: Path, reasons: Mapping[str, str], lists: Path | None
     name = "-".join(whole.relative_to(whole.anchor).parts)[-MAX_NAME:]
     path = lists and lists / f"left_out-{name}.csv"
     listed = ""
-    try:
+    with report_unwritable():
         if path and not reasons:
             path.unlink(missing_ok=True)
         elif path:
             write_csv(path, ("path", "reason"), sorted(reasons.items()))
             listed = f"; all are listed in {path}"
-    except OSError as error:
-        print(f"{path} can't be written: {error.strerror}")
     if reasons:
         print(f"left out of {folder}: {count_reasons(reasons)}{listed}", flush=True)
     return listed

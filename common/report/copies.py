@@ -8,7 +8,7 @@ from common.data.decode import UnreadablePhotoError, decode_photo
 from common.data.photos import Photos
 from common.report.pictures import MAX_RESULTS, THUMBNAIL, Tile, draw_rows
 from common.retrieval.duplicates import Copies
-from common.storage import atomic_write, write_csv
+from common.storage import atomic_write, report_unwritable, write_csv
 
 MAX_GROUPS = 12  # in the picture
 COLUMNS = "largest file", "its copies, by correlation of their pixels"
@@ -24,8 +24,9 @@ def report_copies(photos: Photos, copies: Copies, results: Path) -> None:
     groups.sort(key=lambda group: photos.paths[group[0]])
     names = results / "duplicates.csv", results / "duplicates.png"
     if not groups:
-        for name in names:
-            name.unlink(missing_ok=True)
+        with report_unwritable():
+            for name in names:
+                name.unlink(missing_ok=True)
         print(f"no copies among {len(photos):,} photos")
         return
     for number, group in enumerate(groups, 1):
@@ -37,16 +38,19 @@ def report_copies(photos: Photos, copies: Copies, results: Path) -> None:
         for number, group in enumerate(groups, 1)
         for index in group
     ]
-    write_csv(names[0], ("group", "path", "bytes", "correlation"), listed)
     extra = [index for group in groups for index in group[1:]]
     told = (
         f"{len(groups):,} {'group' if len(groups) == 1 else 'groups'} of copies among {len(photos):,} photos: "
         f"{len(extra):,} beside the largest of each, {sum(sizes[index] for index in extra) / 1e6:,.1f} MB"
     )
-    if rows := [row for group in groups[:MAX_GROUPS] if (row := _row(photos, group, copies))]:
-        with atomic_write(names[1]) as temporary:
-            draw_rows("duplicates", told, rows, COLUMNS).save(temporary, "PNG")
-    print(f"\n{told}\nwritten: {names[0]} and {names[1].name}; nothing was deleted")
+    print(f"\n{told}; nothing was deleted")
+    with report_unwritable():
+        write_csv(names[0], ("group", "path", "bytes", "correlation"), listed)
+        print(f"written: {names[0]}")
+        if rows := [row for group in groups[:MAX_GROUPS] if (row := _row(photos, group, copies))]:
+            with atomic_write(names[1]) as temporary:
+                draw_rows("duplicates", told, rows, COLUMNS).save(temporary, "PNG")
+            print(f"written: {names[1]}")
 
 
 def _row(photos: Photos, group: list[int], copies: Copies) -> list[Tile]:
