@@ -1,11 +1,10 @@
 """How well are copies of photos found, and how fast?  python -m benchmarks.duplicates --data FOLDER --weights FILE
 
-`find_copies` against imagededup (pip install imagededup): its CNN, which is given the same network and pixels, and its
-perceptual hash. Copies of four kinds are planted among photos; a pair of photos counts as found where its score reaches
-a threshold. Precision at recall 0.95, and precision and recall at the threshold that has the largest F1 on other photos
-with other copies. Photos that were copies of each other before count as errors, for all alike.
-
-Then the time for a whole folder: from its files to the copies, and from embeddings or hashes alone.
+`find_copies` against imagededup (pip install imagededup): its CNN, which is given the same network and pixels and so
+compares the same embeddings, and its perceptual hash. Copies of four kinds are planted among photos; a pair counts as
+found where its score reaches a threshold. Precision at recall 0.95, and precision and recall at the threshold that has
+the largest F1 on other photos with other copies. Photos that were copies of each other before count as errors, for all
+alike. Then the time for a folder: from its files to the copies, and from its embeddings or hashes alone.
 """
 
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from common.retrieval.exact import CosineKNN
 RECALL = 0.95
 AT_RECALL = f"precision_at_recall_{RECALL}"
 KINDS = ("recompressed", "cropped_area", "cropped_sides", "toned")
-RIVALS = ("imagededup_cnn", "imagededup_phash")
+RIVALS = "imagededup_cnn", "imagededup_phash"
 
 
 @dataclass
@@ -49,7 +48,8 @@ class Config(measure.SearchConfig):
 
     photos: Annotated[int, Range(8, 1e6)] = 5000  # among which copies are planted; as many to choose thresholds with
     copies: Annotated[int, Range(1, 1e6)] = 500  # of each kind
-    timed: Annotated[int, Range(2, 1e6)] = 20_000  # photos searched for copies
+    indexed: Annotated[int, Range(2, 1e6)] = 20_000  # photos searched for copies once they are embedded
+    files: Annotated[int, Range(2, 1e6)] = 2000  # photos searched for copies from their files on
     repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
 
 
@@ -76,14 +76,14 @@ def make_copy(image: Image.Image, kind: str, rng: np.random.Generator) -> tuple[
     """
     if kind == "recompressed":
         scale = rng.uniform(0.4, 0.9)
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        return image.resize(size, Image.Resampling.BICUBIC), int(rng.integers(30, 81))
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        return image.resize((width, height), Image.Resampling.BICUBIC), int(rng.integers(30, 81))
     if kind == "toned":
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(rng.uniform(0.7, 1.3))
         return image, 90
     side = 0.8 if kind == "cropped_sides" else 0.8**0.5
-    width, height = max(1, round(image.width * side)), max(1, round(image.height * side))
+    width, height = (max(1, round(length * side)) for length in image.size)
     left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
     return image.crop((left, top, left + width, top + height)), 90
 
@@ -111,20 +111,20 @@ def plant(photos: Photos, copies: int, folder: Path, seed: int) -> Planted:
     return Planted(planted, np.array(kinds, np.int8), np.array([int(number) for number, *_ in words], np.int32))
 
 
-def score_pairs(planted: Planted, embedder: Embedder, encoders: dict[str, Any]) -> dict[str, Scored]:
+def score_pairs(planted: Planted, embedder: Embedder, phash: Any) -> dict[str, Scored]:
     """The scores of each method: ours of the pairs that it compares, the others' of all pairs."""
     photos = planted.photos
     embeddings = embedder.embed_photos(photos, "embedding the photos")
     pairs = nearest_pairs(CosineKNN(embeddings), embeddings)
     images = load_small(DecodedPhotos(SMALL, None), photos)
-    scored = {"ours": Scored(pairs, correlate_pairs(images, pairs, "comparing photos"))}
-    everything = np.stack(np.triu_indices(len(photos), 1), 1).astype(np.int32)
-    for name, encoder in encoders.items():
-        known = encoder.encode_images(photos.folder)
-        codes = [known[path] for path in photos.paths]
-        similarities = compare_hashes(codes) if isinstance(codes[0], str) else compare_features(np.stack(codes))
-        scored[name] = Scored(everything, similarities[everything[:, 0], everything[:, 1]])
-    return scored
+    hashes = phash.encode_images(photos.folder)
+    first, second = upper = np.triu_indices(len(photos), 1)
+    everything = np.stack(upper, 1).astype(np.int32)
+    return {
+        "ours": Scored(pairs, correlate_pairs(images, pairs, "comparing photos")),
+        "imagededup_cnn": Scored(everything, (embeddings @ embeddings.T)[first, second]),
+        "imagededup_phash": Scored(everything, compare_hashes([hashes[path] for path in photos.paths])[first, second]),
+    }
 
 
 def compare_hashes(hashes: list[str]) -> np.ndarray:
@@ -132,12 +132,6 @@ def compare_hashes(hashes: list[str]) -> np.ndarray:
     bits = np.unpackbits(np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(len(hashes), -1), axis=1)
     signs = 2 * bits.astype(np.float32) - 1
     return (signs @ signs.T - signs.shape[1]) / 2
-
-
-def compare_features(features: np.ndarray) -> np.ndarray:
-    """float32 [N, N]: cosine similarities of features [N, D]."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    return unit @ unit.T
 
 
 def select(scored: Scored, planted: Planted, kinds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -156,9 +150,7 @@ def count_from(ordered: np.ndarray, threshold: np.ndarray | float) -> np.ndarray
 
 
 def best_threshold(scores: np.ndarray, of_copies: np.ndarray, copies: int) -> float:
-    """The threshold of the largest F1, see `select` for the arguments; NaN if no copy has a score."""
-    if not len(of_copies):
-        return float("nan")
+    """The threshold of the largest F1, see `select` for the arguments."""
     found = count_from(of_copies, of_copies)
     return float(of_copies[np.argmax(2 * found / (count_from(scores, of_copies) + copies))])
 
@@ -168,14 +160,10 @@ def measure_pairs(scores: np.ndarray, of_copies: np.ndarray, copies: int, thresh
 
     See `select` for the other arguments.
     """
-    needed = int(np.ceil(RECALL * copies))
-    at_recall = None
-    if needed <= len(of_copies):
-        lowest = of_copies[-needed]
-        at_recall = float(count_from(of_copies, lowest) / count_from(scores, lowest))
-    found = int(count_from(of_copies, threshold))
+    needed, found = int(np.ceil(RECALL * copies)), int(count_from(of_copies, threshold))
+    lowest = of_copies[-needed] if needed <= len(of_copies) else None
     return {
-        AT_RECALL: at_recall,
+        AT_RECALL: None if lowest is None else float(count_from(of_copies, lowest) / count_from(scores, lowest)),
         "precision": found / max(1, int(count_from(scores, threshold))),
         "recall": found / copies,
     }
@@ -197,18 +185,17 @@ def load_encoders(network: nn.Module, preprocessing: Preprocessing) -> dict[str,
 
 
 def compare_quality(
-    config: Config, photos: Photos, embedder: Embedder, encoders: dict[str, Any]
+    config: Config, photos: Photos, embedder: Embedder, phash: Any
 ) -> tuple[dict[str, dict], dict[str, float]]:
     """{method: {kind: figures}} and the threshold of each method, chosen on other photos."""
     order = np.random.default_rng(0).permutation(len(photos))
     size = min(config.photos, len(photos) // 2)
     copies = min(config.copies, size // len(KINDS))
-    thresholds: dict[str, float] = {}
-    quality: dict[str, dict] = {}
+    thresholds, quality = {}, {}
     for seed in (1, 2):  # the first chooses the thresholds, the second tests
         with TemporaryDirectory() as folder:
             planted = plant(photos.subset(np.sort(order[(seed - 1) * size : seed * size])), copies, Path(folder), seed)
-            for name, scored in score_pairs(planted, embedder, encoders).items():
+            for name, scored in score_pairs(planted, embedder, phash).items():
                 if seed == 1:
                     thresholds[name] = best_threshold(*select(scored, planted, tuple(range(len(KINDS)))))
                     continue
@@ -219,55 +206,61 @@ def compare_quality(
     return quality, thresholds
 
 
-def contenders_of(
-    folder: Path, embedder: Embedder, encoders: dict[str, Any], thresholds: dict[str, float], cache: Path
-) -> dict[str, dict[str, measure.Contender]]:
-    """The ways from a folder's files to its copies, and from what was computed of them: {part: {name: contender}}.
+def from_files(
+    folder: Path, embedder: Embedder, encoders: dict[str, Any], thresholds: dict[str, dict], cache: Path
+) -> dict[str, measure.Contender]:
+    """The ways from a folder's files to its copies. `cache`: an empty folder."""
+    cnn, phash = (encoders[name] for name in RIVALS)
 
-    `cache`: an empty folder.
-    """
-    small = DecodedPhotos(SMALL, cache)
-    photos = load_library(folder, [embedder, small])
-
-    def search_files() -> None:
+    def ours() -> None:
         with TemporaryDirectory(dir=cache) as own:
             fresh = Embedder(embedder.network, embedder.preprocessing, embedder.device)
-            consumer = DecodedPhotos(SMALL, Path(own))
-            find_copies(load_library(folder, [fresh, consumer]), fresh, consumer)
+            small = DecodedPhotos(SMALL, Path(own))
+            find_copies(load_library(folder, [fresh, small]), fresh, small)
 
-    cnn, phash = (encoders[name] for name in RIVALS)
-    features, hashes = cnn.encode_images(folder), phash.encode_images(folder)
-    similarity = {"min_similarity_threshold": float(np.clip(thresholds["imagededup_cnn"], -1, 1))}
-    distance = {"max_distance_threshold": int(-thresholds["imagededup_phash"])}
     return {
-        "files": {
-            "ours": search_files,
-            "imagededup_cnn": lambda: cnn.find_duplicates(folder, num_enc_workers=num_cores(), **similarity),
-            "imagededup_phash": lambda: phash.find_duplicates(folder, **distance),
-        },
-        "indexed": {
-            "ours": lambda: find_copies(photos, embedder, small),
-            "imagededup_cnn": lambda: cnn.find_duplicates(encoding_map=features, **similarity),
-            "imagededup_phash": lambda: phash.find_duplicates(encoding_map=hashes, **distance),
-        },
+        "ours": ours,
+        "imagededup_cnn": lambda: cnn.find_duplicates(folder, num_enc_workers=num_cores(), **thresholds[RIVALS[0]]),
+        "imagededup_phash": lambda: phash.find_duplicates(folder, **thresholds[RIVALS[1]]),
+    }
+
+
+def from_index(
+    folder: Path, embedder: Embedder, encoders: dict[str, Any], thresholds: dict[str, dict], cache: Path
+) -> dict[str, measure.Contender]:
+    """The ways from embeddings or hashes of a folder's photos to its copies. `cache`: an empty folder."""
+    cnn, phash = (encoders[name] for name in RIVALS)
+    small = DecodedPhotos(SMALL, cache)
+    photos = load_library(folder, [embedder, small], label="embedding the photos")
+    features = dict(zip(photos.paths, embedder.embed_photos(photos), strict=True))
+    hashes = phash.encode_images(folder)
+    return {
+        "ours": lambda: find_copies(photos, embedder, small),
+        "imagededup_cnn": lambda: cnn.find_duplicates(encoding_map=features, **thresholds[RIVALS[0]]),
+        "imagededup_phash": lambda: phash.find_duplicates(encoding_map=hashes, **thresholds[RIVALS[1]]),
     }
 
 
 def main(config: Config) -> None:
     """Measures quality, then time; writes `benchmark_duplicates.json`."""
     folder = locate_photos(config.data)
-    photos = load_library(folder)
-    photos = measure.sample(photos, len(photos))
+    photos = measure.sample(load_library(folder), max(2 * config.photos, config.indexed, config.files))
     if len(photos) < 4 * len(KINDS):
         raise UserError(f"{folder} holds {len(photos)} photos: this benchmark needs {4 * len(KINDS)} or more")
     embedder = measure.load_embedder(config, folder)
     encoders = load_encoders(embedder.network, embedder.preprocessing)
-    quality, thresholds = compare_quality(config, photos, embedder, encoders)
+    quality, thresholds = compare_quality(config, photos, embedder, encoders["imagededup_phash"])
+    options = {
+        RIVALS[0]: {"min_similarity_threshold": float(np.clip(thresholds[RIVALS[0]], -1, 1))},
+        RIVALS[1]: {"max_distance_threshold": int(-thresholds[RIVALS[1]])},
+    }
     seconds, ratios = {}, {}
-    with TemporaryDirectory() as timed, TemporaryDirectory() as cache:
-        some = photos.subset(np.linspace(0, len(photos) - 1, min(config.timed, len(photos))).astype(int))
-        plant(some, 0, Path(timed), 0)
-        for part, contenders in contenders_of(Path(timed), embedder, encoders, thresholds, Path(cache)).items():
+    for part, count in {"files": config.files, "indexed": config.indexed}.items():
+        with TemporaryDirectory() as timed, TemporaryDirectory() as cache:
+            some = photos.subset(np.linspace(0, len(photos) - 1, min(count, len(photos))).astype(int))
+            plant(some, 0, Path(timed), 0)
+            contenders_of = from_files if part == "files" else from_index
+            contenders = contenders_of(Path(timed), embedder, encoders, options, Path(cache))
             seconds[part] = measure.interleaved(contenders, config.repeats, part)
             ratios |= measure.ratios(seconds[part], f"_{part}")
     for name, kinds in quality.items():
@@ -276,7 +269,7 @@ def main(config: Config) -> None:
     measure.write(
         "duplicates",
         config,
-        {"name": photos.name, "photos": len(photos), "timed": len(some)},
+        {"name": photos.name, "photos": len(photos)},
         ratios,
         {"quality": quality, "thresholds": thresholds, "seconds": seconds},
         embedder.device,
@@ -295,8 +288,7 @@ def draw(path: Path, quality: dict[str, dict[str, dict[str, float | None]]]) -> 
         bars = axes.bar(np.arange(len(KINDS)) + (number - 1) * width, heights, width, color=colour, label=name)
         axes.bar_label(bars, [f"{height:.3f}" for height in heights], size=8)
     axes.set_xticks(range(len(KINDS)), [kind.replace("_", " ") for kind in KINDS])
-    axes.set_ylim(0, 1.1)
-    axes.set_ylabel(AT_RECALL.replace("_", " "))
+    axes.set(ylim=(0, 1.1), ylabel=AT_RECALL.replace("_", " "))
     axes.set_title("benchmark: duplicates", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, format="png", dpi=120)

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 CASES = {  # name: (arguments, ratios)
     "duplicates": (
-        ("--weights", "none", "--photos", "40", "--copies", "5", "--timed", "40"),
+        ("--weights", "none", "--photos", "40", "--copies", "5", "--files", "40"),
         {f"imagededup_{rival}_{part}" for rival in ("cnn", "phash") for part in ("files", "indexed")},
     ),
     "embedding": (
@@ -156,10 +156,8 @@ def test_precision_and_recall_of_pairs():
     assert duplicates.measure_pairs(scores, of_copies, copies, 0.99)["precision"] == 0
 
 
-def test_distances_of_hashes_and_similarities_of_features():
+def test_distances_of_hashes():
     assert duplicates.compare_hashes(["00000000000000ff", "000000000000000f"]).tolist() == [[0, -4], [-4, 0]]
-    features = np.array([[3, 4], [4, 3], [-3, -4]], np.float32)
-    assert duplicates.compare_features(features)[0].tolist() == pytest.approx([1, 24 / 25, -1])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import search
+from common.config import UserError
 from tests.conftest import ROOT
 
 
@@ -77,8 +79,8 @@ def test_the_first_approach_that_was_trained_answers_unless_one_is_named(
     assert found[0] == found[1] != found[2]
 
 
-def test_the_gallery_is_found_from_another_folder(run_script, offline, synthetic_photos, tmp_path):
-    """Where the run was given a relative one."""
+def test_the_gallery_is_found_from_another_folder(run_script, offline, synthetic_photos, tmp_path, monkeypatch):
+    """Where the run was given a relative one; if it has gone, no other of that name is searched."""
     shutil.copytree(synthetic_photos, tmp_path / "pets")
     small = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--epochs", "0")
     ended = run_script("cnn_feature_extraction.py", "--data", "pets", *small)
@@ -93,6 +95,15 @@ def test_the_gallery_is_found_from_another_folder(run_script, offline, synthetic
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(str(tmp_path.resolve() / "pets")) >= 5
     assert (tmp_path / "results" / "search.png").exists()
+    gallery = tmp_path / "pets"
+    moved = gallery.rename(tmp_path / "elsewhere" / "pets")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = search.Config(photos=(str(moved / "cat" / photo.name),), results=str(tmp_path / "results"), cache="none")
+    with pytest.raises(UserError) as caught:
+        search.main(config)
+    assert str(caught.value) == (
+        f"the gallery of cnn_feature_extraction.py, {gallery.resolve()}, is gone: name a folder to search with --index"
+    )
 
 
 def test_processes_that_know_nothing_of_each_other_embed_a_part_each(
