@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from importlib import import_module
 
 import pytest
@@ -122,6 +123,21 @@ def test_the_speeds_are_those_of_the_benchmarks():
     faiss = measured("exact_search")["ratios"]["faiss_18000_top5"]["median"]
     assert f"{faiss:.1f} times as fast as faiss" in on_one_line(README)
     assert f"takes {latency['p50']:.1f} ms" in on_one_line(README)
+
+
+def test_the_search_for_copies_is_as_measured():
+    found = measured("duplicates")
+    methods = [found["quality"][method] for method in ("ours", "imagededup_cnn", "imagededup_phash")]
+    for kind in methods[0]:
+        each = [method[kind] for method in methods]
+        cells = [f"{one['precision_at_recall_0.95']:.3f} ({one['precision']:.3f}, {one['recall']:.3f})" for one in each]
+        assert f"| {' | '.join(cells)} |" in PERFORMANCE
+    text = on_one_line(PERFORMANCE)
+    for ratio in found["ratios"].values():
+        assert f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) times as" in text
+    seconds = found["seconds"]["indexed"]["ours"]
+    taken = f"{statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
+    assert f"{found['config']['indexed']:,} of them take {taken}" in text
 
 
 def test_the_validation_runs_are_what_the_log_says():
