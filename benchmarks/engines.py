@@ -48,6 +48,7 @@ class Config(measure.SearchConfig):
     depths: str = "16 32 64 128 256"  # candidates that a search keeps
     queries: Annotated[int, Range(1, 1e6)] = 2000  # at once
     repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
+    codes: tuple[str, ...] = CODES  # of the embeddings in a graph; each is a graph of its own
     milvus: tuple[str, ...] = ()  # files for Milvus Lite and addresses of servers, to be measured too
 
 
@@ -83,10 +84,12 @@ def compare(
     return seconds, ratios
 
 
-def build(gallery: np.ndarray, addresses: tuple[str, ...]) -> Iterator[tuple[str, ApproximateKNN]]:
+def build(
+    gallery: np.ndarray, codes: tuple[str, ...], addresses: tuple[str, ...]
+) -> Iterator[tuple[str, ApproximateKNN]]:
     """Each engine with its name, one after the other; what it has stored is removed after its turn."""
     ids = np.array([f"{number:064d}" for number in range(len(gallery))], "S64")
-    for code in CODES:
+    for code in codes:
         yield code, GraphKNN(gallery, ids, None, code)
     photos = Photos(Path(), "benchmark", [""] * len(ids), np.zeros(len(ids), np.int64), [""], ids)
     for address in addresses:
@@ -112,6 +115,8 @@ class StoredEmbedder:
 def main(config: Config) -> None:
     """Measures every engine at every depth; writes `benchmark_engines.json`."""
     depths = measure.whole_numbers("depths", config.depths, 1)
+    if unknown := set(config.codes) - set(CODES):
+        raise UserError(f"codes is {' '.join(sorted(unknown))}: give some of {', '.join(CODES)}")
     real, queries, name = measure.real_embeddings(config, config.queries)
     gallery = measure.gallery_of(config.size, real)
     if len(gallery) < RECALL_K:
@@ -119,7 +124,7 @@ def main(config: Config) -> None:
     exact = CosineKNN(gallery)
     engines, curves, ratios = {}, {}, {}
     started = time.perf_counter()
-    for label, index in build(gallery, config.milvus):
+    for label, index in build(gallery, config.codes, config.milvus):
         engines[label] = {"build_seconds": time.perf_counter() - started, "bytes_per_photo": index.bytes_per_photo}
         for index.depth in depths:
             at_depth = f"{label}_depth{index.depth}"
