@@ -48,8 +48,8 @@ class Config(measure.SearchConfig):
     depths: str = "16 32 64 128 256"  # candidates that a search keeps
     queries: Annotated[int, Range(1, 1e6)] = 2000  # at once
     repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
-    codes: tuple[str, ...] = CODES  # of the embeddings in a graph; each is a graph of its own
     milvus: tuple[str, ...] = ()  # files for Milvus Lite and addresses of servers, to be measured too
+    codes: tuple[str, ...] = CODES  # of the embeddings in a graph; each is a graph of its own
 
 
 def contenders_of(index: CosineKNN, queries: np.ndarray) -> dict[str, measure.Contender]:

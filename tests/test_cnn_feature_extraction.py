@@ -16,7 +16,6 @@ from torchvision import models
 
 import cnn_feature_extraction
 from cnn_feature_extraction import Config, CosineClassifier
-from common.cache import list_entries
 from common.device import limit_torch_threads
 from common.models.embedder import Embedder
 from tests.conftest import ROOT
@@ -166,9 +165,6 @@ def test_stopped_while_embedding(synthetic_photos, tmp_path, offline, run_script
     assert list((tmp_path / "results").glob("*")) == []  # the folder may not exist yet
     left = [path.name for path in (tmp_path / "data").rglob("*") if path.is_file()]
     assert all(name == "key.txt" or name.endswith(".npy") for name in left)
-    kept = [entry.size for entry in list_entries(tmp_path / "data" / ".cache") if entry.key.startswith("embeddings")]
-    assert len(kept) == (stop == "SIGTERM")  # nothing can be kept at SIGKILL, in the first half minute
-    assert all(size > 8 * 512 * 4 for size in kept)  # a batch or more
     ended = run_script(SCRIPT, "--data", str(synthetic_photos), *SMALL)
     assert ended.returncode == 0
     assert read(tmp_path)["dataset"]["gallery"] == 108
