@@ -116,7 +116,7 @@ def test_the_page_answers_all_searches_of_its_benchmark(run_benchmark, offline, 
     [
         ("training", ("--photos", "0"), "photos is 0: give a value from 2 to"),
         ("exact_search", ("--weights", "none", "--sizes", "many"), "give whole numbers"),
-        ("engines", ("--codes", "int8", "int4"), "codes is int4: give some of float32, float16, int8"),
+        ("engines", ("--codes", "int4"), "codes is int4: give some of float32, float16, int8"),
         ("embedding", ("--turns", "1"), "--turns is called --repeats now"),
     ],
 )
