@@ -187,7 +187,7 @@ def load_encoders(network: nn.Module, preprocessing: Preprocessing) -> dict[str,
 def compare_quality(
     config: Config, photos: Photos, embedder: Embedder, phash: Any
 ) -> tuple[dict[str, dict], dict[str, float]]:
-    """{method: {kind: figures}} and the threshold of each method, chosen on other photos."""
+    """{method: {kind: scores}} and the threshold of each method, chosen on other photos."""
     order = np.random.default_rng(0).permutation(len(photos))
     size = min(config.photos, len(photos) // 2)
     copies = min(config.copies, size // len(KINDS))
@@ -264,8 +264,8 @@ def main(config: Config) -> None:
             seconds[part] = measure.interleaved(contenders, config.repeats, part)
             ratios |= measure.ratios(seconds[part], f"_{part}")
     for name, kinds in quality.items():
-        for kind, figures in kinds.items():
-            print(f"{name:16} {kind:14} " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        for kind, scores in kinds.items():
+            print(f"{name:16} {kind:14} " + ", ".join(f"{key} {value}" for key, value in scores.items()))
     measure.write(
         "duplicates",
         config,

@@ -39,17 +39,17 @@ def report_copies(photos: Photos, copies: Copies, results: Path) -> None:
         for index in group
     ]
     extra = [index for group in groups for index in group[1:]]
-    told = (
+    message = (
         f"{len(groups):,} {'group' if len(groups) == 1 else 'groups'} of copies among {len(photos):,} photos: "
         f"{len(extra):,} beside the largest of each, {sum(sizes[index] for index in extra) / 1e6:,.1f} MB"
     )
-    print(f"\n{told}; nothing was deleted")
+    print(f"\n{message}; nothing was deleted")
     with report_unwritable():
         write_csv(names[0], ("group", "path", "bytes", "correlation"), listed)
         print(f"written: {names[0]}")
         if rows := [row for group in groups[:MAX_GROUPS] if (row := _row(photos, group, copies))]:
             with atomic_write(names[1]) as temporary:
-                draw_rows("duplicates", told, rows, COLUMNS).save(temporary, "PNG")
+                draw_rows("duplicates", message, rows, COLUMNS).save(temporary, "PNG")
             print(f"written: {names[1]}")
 
 
