@@ -34,6 +34,9 @@ class FileHashes:
         """Keeps 'S64' [N], the hashes of files by their stamps from before they were read; b"" is none."""
         new = (hashes != b"") & ~self.rows.contains(stamps)
         self.rows.put(stamps[new], hashes[new])
+
+    def flush(self) -> None:
+        """Writes what was kept."""
         self.rows.flush()
 
     def distrust(self, path: str) -> None:
@@ -41,7 +44,7 @@ class FileHashes:
         key = _distrusted(np.array([self._stamp(path)], "S64"))
         if not self.rows.contains(key).any():
             self.rows.put(key, key)
-            self.rows.flush()
+            self.flush()
 
     def _stamp(self, path: str) -> bytes:
         try:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -156,7 +155,7 @@ def load_photos(
     }
     paths = [path for path, name in found.photos if name is not None]
     files = FileStore()
-    hashes = _read(folder, paths, np.zeros(len(paths), "S64"), consumers, files, reasons, label)
+    hashes = _read(folder, paths, FileHashes(None, folder), consumers, files, reasons, label)
     return _photos(folder, found, hashes, reasons, files, selection)
 
 
@@ -183,9 +182,7 @@ def load_library(
     paths = [path for path, _ in found.photos]
     reasons: dict[str, str] = {}
     known = FileHashes(cache, folder)
-    stamps, hashes = known.look_up(paths)
-    hashes = _read(folder, paths, hashes, consumers, None, reasons, label)
-    known.keep(stamps, hashes)
+    hashes = _read(folder, paths, known, consumers, None, reasons, label)
     photos = _photos(folder, found, hashes, reasons, FileStore(), dataclasses.replace(selection, allow_unreadable=1.0))
     return dataclasses.replace(photos, known=known)
 
@@ -203,7 +200,7 @@ def _find(folder: Path, selection: Selection) -> Found:
 def _read(
     folder: Path,
     paths: list[str],
-    hashes: np.ndarray,
+    known: FileHashes,
     consumers: Sequence[FileConsumer],
     files: FileStore | None,
     reasons: dict[str, str],
@@ -211,33 +208,36 @@ def _read(
 ) -> np.ndarray:
     """'S64' [N]: the hash of each file, b"" where it can't be used; adds {path: reason} of these to `reasons`.
 
-    Files with a hash in `hashes` that no consumer lacks are not read.
+    Files with a hash in `known` that no consumer lacks are not read. The others' are kept there as they come.
     """
+    stamps, hashes = known.look_up(paths)
     needed = hashes == b""
     for consumer in consumers:
         needed |= consumer.lacks(hashes)
-    wanted = [path for path, is_needed in zip(paths, needed, strict=True) if is_needed]
+    wanted = np.flatnonzero(needed)
     size = max((consumer.chunksize for consumer in consumers), default=CHUNK)
     chunks = [wanted[start : start + size] for start in range(0, len(wanted), size)]
-    read_chunk = partial(_read_chunk, folder, consumers, files)
-    read: dict[str, bytes] = {}
+
+    def read_chunk(chunk: np.ndarray) -> tuple[list[bytes], dict[str, str]]:
+        return _read_chunk(folder, consumers, files, [paths[index] for index in chunk])
+
     try:
-        with limit_torch_threads(), tqdm(desc=label, total=len(wanted), unit=" photos", disable=not wanted) as bar:
+        with limit_torch_threads(), tqdm(desc=label, total=len(wanted), unit=" photos", disable=not len(wanted)) as bar:
             for chunk, (hashed, failed) in zip(chunks, parallel_map(read_chunk, chunks), strict=True):
-                read |= hashed
+                hashes[chunk] = hashed
+                known.keep(stamps[chunk], hashes[chunk])
                 reasons |= failed
                 bar.update(len(chunk))
     finally:
-        for consumer in consumers:
-            consumer.flush()
-    known = dict(zip(paths, hashes.tolist(), strict=True)) | read
-    return np.array([b"" if path in reasons else known[path] for path in paths], "S64")
+        for keeper in (*consumers, known):
+            keeper.flush()
+    return hashes
 
 
 def _read_chunk(
     folder: Path, consumers: Sequence[FileConsumer], files: FileStore | None, paths: list[str]
-) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
-    """Reads, hashes and hands out some files: (path, sha256) of the usable ones, {path: reason} of the others."""
+) -> tuple[list[bytes], dict[str, str]]:
+    """Reads, hashes and hands out some files: the hash of each, b"" where it can't be used; {path: reason} of these."""
     contents, failed = [], {}
     for path in paths:
         try:
@@ -250,7 +250,8 @@ def _read_chunk(
             files.keep(contents[-1][1], data)
     unusable = _consume(consumers, {sha256: data for _, sha256, data in contents})
     failed |= {path: unusable[sha256] for path, sha256, _ in contents if sha256 in unusable}
-    return [(path, sha256) for path, sha256, _ in contents if path not in failed], failed
+    usable = {path: sha256 for path, sha256, _ in contents if path not in failed}
+    return [usable.get(path, b"") for path in paths], failed
 
 
 def _consume(consumers: Sequence[FileConsumer], files: dict[bytes, bytes]) -> dict[bytes, str]:

@@ -49,6 +49,25 @@ def test_a_library_reads_what_a_consumer_lacks_though_it_knows_the_file(tmp_path
     assert np.array_equal(again.sha256, loaded.sha256)
 
 
+def test_a_library_whose_reading_was_stopped_is_not_read_again_from_the_start(tmp_path, reads):
+    folder, cache = numbered(tmp_path / "mine", 200), tmp_path / "cache"
+
+    class Stopped(DecodingConsumer):
+        def consume(self, files):
+            if len(self.received) >= 150:
+                raise KeyboardInterrupt
+            return super().consume(files)
+
+    consumer = Stopped(chunksize=2)
+    with pytest.raises(KeyboardInterrupt):
+        load_library(folder, [consumer], cache, "")
+    received = len(consumer.known)
+    reads.clear()
+    assert len(load_library(folder, [DecodingConsumer(consumer.known)], cache, "")) == 200
+    assert 150 <= received < 180
+    assert 200 - received <= len(reads) < 100  # what other threads had read was not handed back
+
+
 def test_without_a_cache_a_library_is_read_each_time(tmp_path, reads):
     folder, consumer = numbered(tmp_path, 4), DecodingConsumer()
     for _ in range(2):
