@@ -229,8 +229,9 @@ def _read(
                 reasons |= failed
                 bar.update(len(chunk))
     finally:
-        for keeper in (*consumers, known):
-            keeper.flush()
+        for consumer in consumers:
+            consumer.flush()
+        known.flush()
     return hashes
 
 

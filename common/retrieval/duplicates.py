@@ -2,11 +2,12 @@
 
 The nearest neighbours by embedding are candidates, and pixels decide: a window of one photo, of `MIN_SIDE` of each side
 or more, is compared with the whole of the other by normalized cross-correlation (Lewis 1995, Fast Template Matching),
-which changes of brightness and contrast don't alter. All windows of small images are tried by Fourier transform; the
-edges of the best one are then moved by fractions of a pixel in larger images.
+which changes of brightness and contrast don't alter. All windows of small images are tried; the edges of the best one
+are then moved by fractions of a pixel in larger images.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,10 +32,11 @@ from common.parallel import parallel_map
 from common.retrieval.exact import CosineKNN
 from common.retrieval.index import EXACT, build_index
 
-SIZE, COARSE_SIZE, ROUGH_SIZE = 32, 16, 4  # sides of the images that are compared, in pixels
+SIZE = 32  # side of the images that are compared, in pixels
+STAGES = (8, 6), (16, 8)  # sides of smaller ones, which are compared before, and of what their windows are resized to
 SMALL = Preprocessing(0, SIZE, InterpolationMode.BILINEAR, (0.0,) * 3, (1.0,) * 3)  # makes them
 MIN_SIDE = 0.8  # of a side of a photo that is left after a crop
-MIN_COARSE, MIN_ROUGH = 0.75, 0.25  # correlations in coarse images, below which a pair is not compared further
+MIN_CORRELATION = 0.75  # in a stage, below which a pair is not compared further
 MIN_VARIANCE = 1.0  # of grey values, 0 to 255: an image of one colour has nothing to correlate
 NEIGHBOURS = 5  # of each photo, that are candidates
 BLOCK = 1024  # pairs compared, and photos searched with, at a time
@@ -144,27 +146,18 @@ def correlate_pairs(images: np.ndarray, pairs: np.ndarray, label: str = "") -> n
 def correlate(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """float32 [P], in [-1, 1]: how well the whole of one image fits the best window of the other, whichever is larger.
 
-    float32 [P, SIZE, SIZE] each. Of pairs below `MIN_ROUGH` or `MIN_COARSE` only a rough value is returned.
+    float32 [P, SIZE, SIZE] each. Of pairs below `MIN_CORRELATION` only a rough value is returned.
     """
-    best = _correlation(*(_resize(images, (ROUGH_SIZE, ROUGH_SIZE)) for images in (first, second)))
-    chosen = best >= MIN_ROUGH
-    if chosen.any():
-        best[chosen] = _correlate_windows(first[chosen], second[chosen])
-    return best
-
-
-def _correlate_windows(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    coarse = [_resize(images, (COARSE_SIZE, COARSE_SIZE)) for images in (first, second)]
-    (forward, window), (backward, other) = _best_window(*coarse), _best_window(*coarse[::-1])
-    swap = backward > forward
-    best = torch.maximum(forward, backward)
-    chosen = best >= MIN_COARSE
-    if not chosen.any():
-        return best
-    swapped = swap[chosen, None, None]
-    outer = torch.where(swapped, second[chosen], first[chosen])
-    inner = torch.where(swapped, first[chosen], second[chosen])
-    best[chosen] = _refine(outer, inner, torch.where(swap[:, None], other, window)[chosen])
+    images = torch.stack([first, second])
+    best, chosen = first.new_ones(len(first)), torch.arange(len(first))
+    for size, resized in STAGES:
+        small = _resize(images[:, chosen].flatten(0, 1), (size, size))
+        correlations, edges = _best_window(small, small.roll(len(chosen), 0), resized)
+        best[chosen], larger = correlations.view(2, -1).max(0)  # the first or the second
+        edges = edges.view(2, -1, 4)[larger, torch.arange(len(chosen))]
+        keep = best[chosen] >= MIN_CORRELATION
+        chosen, larger, edges = chosen[keep], larger[keep], edges[keep]
+    best[chosen] = _refine(images[larger, chosen], images[1 - larger, chosen], edges)
     return best
 
 
@@ -203,35 +196,37 @@ def _find_pairs(
     return pairs[found], correlations[found]
 
 
-def _best_window(images: torch.Tensor, templates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_window(images: torch.Tensor, templates: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The window of each image that correlates best with the whole template; float32 [P, S, S] each.
 
-    Returns correlations [P], and edges [P, 4]: top, left, bottom and right as fractions of the image's sides.
+    Both are resized to `size` before. Returns correlations [P], and edges [P, 4]: top, left, bottom and right as
+    fractions of the image's sides.
     """
-    size = images.shape[-1]
-    spectrum = torch.fft.rfft2(images)
-    sums = functional.pad(torch.stack([images, images**2]).cumsum(2).cumsum(3), (1, 0, 1, 0))
-    best, edges = images.new_full((len(images),), -1), images.new_zeros(len(images), 4)
-    for height, width in itertools.product(range(int(MIN_SIDE * size), size + 1), repeat=2):
-        template = _centred(_resize(templates, (height, width)))
-        other = torch.fft.rfft2(template, s=(size, size))
-        product = torch.fft.irfft2(spectrum * other.conj(), s=(size, size))[:, : size - height + 1, : size - width + 1]
-        total, energy = (
-            each[:, height:, width:]
-            - each[:, :-height, width:]
-            - each[:, height:, :-width]
-            + each[:, :-height, :-width]
-            for each in sums
-        )
-        area = height * width
-        variances = (energy / area - (total / area) ** 2).clamp_min(MIN_VARIANCE)
-        own = template.pow(2).mean((1, 2)).clamp_min(MIN_VARIANCE)
-        correlation, place = (product / area / (variances * own[:, None, None]).sqrt()).flatten(1).max(1)
-        top, left = place // (size - width + 1), place % (size - width + 1)
-        is_better = correlation > best
-        best = torch.where(is_better, correlation, best)
-        edges[is_better] = (torch.stack([top, left, top + height, left + width], 1) / size)[is_better]
-    return best, edges
+    spans, resizing = _spans(images.shape[-1], size)
+    rows = resizing.flatten(0, 1)  # [spans * size, S]
+    windows = (rows @ images @ rows.T).view(-1, len(spans), size, len(spans), size)
+    windows = windows.transpose(2, 3).reshape(len(images), len(spans) ** 2, size**2)
+    templates = _centred(_resize(templates, (size, size))).flatten(1)
+    variances = windows.norm(dim=2) ** 2 / size**2 - windows.mean(2) ** 2
+    own = templates.pow(2).mean(1, keepdim=True)
+    products = (windows @ templates[:, :, None])[:, :, 0] / size**2
+    best, place = (products / (variances.clamp_min(MIN_VARIANCE) * own.clamp_min(MIN_VARIANCE)).sqrt()).max(1)
+    vertical, horizontal = spans[place // len(spans)], spans[place % len(spans)]
+    return best, torch.stack([vertical, horizontal], 2).flatten(1)
+
+
+@functools.cache
+def _spans(length: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of one side of `length` pixels: their ends, float32 [W, 2], as fractions of the side, and what
+    resizes each to `size` pixels, float32 [W, size, length].
+    """
+    lengths = range(int(MIN_SIDE * length), length + 1)
+    spans = [(start, start + width) for width in lengths for start in range(length - width + 1)]
+    resizing = torch.zeros(len(spans), size, length)
+    for each, (start, end) in zip(resizing, spans, strict=True):
+        width = end - start
+        each[:, start:end] = _resize(torch.eye(width)[None], (size, width))[0]
+    return torch.tensor(spans) / length, resizing
 
 
 def _refine(images: torch.Tensor, templates: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
