@@ -39,7 +39,7 @@ MIN_SIDE = 0.8  # of a side of a photo that is left after a crop
 MIN_CORRELATION = 0.75  # in a stage, below which a pair is not compared further
 MIN_VARIANCE = 1.0  # of grey values, 0 to 255: an image of one colour has nothing to correlate
 NEIGHBOURS = 5  # of each photo, that are candidates
-BLOCK = 1024  # pairs compared, and photos searched with, at a time
+BLOCK = 1024
 
 
 class Copies(NamedTuple):
@@ -148,17 +148,15 @@ def correlate(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
     float32 [P, SIZE, SIZE] each. Of pairs below `MIN_CORRELATION` only a rough value is returned.
     """
-    images = torch.stack([first, second])
-    best, chosen = first.new_ones(len(first)), torch.arange(len(first))
+    images = torch.cat([first, second])
+    best, chosen = images.new_ones(len(images)), torch.arange(len(images))
     for size, resized in STAGES:
-        small = _resize(images[:, chosen].flatten(0, 1), (size, size))
-        correlations, edges = _best_window(small, small.roll(len(chosen), 0), resized)
-        best[chosen], larger = correlations.view(2, -1).max(0)  # the first or the second
-        edges = edges.view(2, -1, 4)[larger, torch.arange(len(chosen))]
+        small = _resize(images, (size, size))
+        best[chosen], edges = _best_window(small[chosen], small[chosen - len(first)], resized)
         keep = best[chosen] >= MIN_CORRELATION
-        chosen, larger, edges = chosen[keep], larger[keep], edges[keep]
-    best[chosen] = _refine(images[larger, chosen], images[1 - larger, chosen], edges)
-    return best
+        chosen, edges = chosen[keep], edges[keep]
+    best[chosen] = _refine(images[chosen], images[chosen - len(first)], edges)
+    return torch.maximum(*best.chunk(2))
 
 
 def group_pairs(pairs: np.ndarray, count: int) -> np.ndarray:
