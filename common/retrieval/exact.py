@@ -3,17 +3,17 @@
 The ranking is that of a float64 brute force over the unit vectors, ties going to the lower index, at about the cost of
 one 16-bit matrix product. The gallery is scanned block by block, and the k best so far are kept for each query:
 
-1. Rough product. Queries and block are rounded to bfloat16, where the CPU multiplies that faster, and multiplied.
+1. Rough product. Queries and block are rounded to bfloat16, where that is faster, and multiplied: for many queries on
+   CPUs with instructions for it, and for one query on all, as reading the gallery takes its time.
 2. Error bound. How far a rough score can deviate from the exact one is bounded by Cauchy-Schwarz from the rounding
-   errors of the vectors, which are measured, and by the known error of summing D products (`_error_bound`).
+   errors of the vectors, which are measured, and by the known error of summing D products (`bound_errors`).
 3. Candidates. A score that is lower than the k-th best by more than both errors can't be among the k best. A lower
-   bound of the k-th best comes cheaply from the maxima of groups of columns (`_candidates`).
+   bound of the k-th best comes cheaply from the maxima of groups of columns (`find_candidates`).
 4. Rescoring. The few candidates are multiplied again in float32 (`_rescore`).
 5. Merge. They join the k best so far. Those nearer to each other than float32 can tell apart are compared in float64
    (`_merge`).
 
-With fewer than `MIN_QUERIES_TO_ROUND` queries rounding the block doesn't pay off, and the rough product is in float32;
-the other steps are the same.
+Where float32 is faster, the rough product is in float32; the other steps are the same.
 """
 
 import functools
@@ -24,17 +24,27 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from common.device import choose_product_precision, limit_torch_threads
+from common.device import limit_torch_threads
 from common.parallel import parallel_map
+from common.retrieval.rough import (
+    FLOAT32_EPSILON,
+    MANY_QUERIES,
+    blas,
+    bound_errors,
+    choose_rough_precision,
+    find_candidates,
+    rough_product,
+    round_vectors,
+    rounding_errors,
+)
 from common.row_cache import StoredRows
 
 GALLERY_BLOCK = 32_768  # gallery embeddings compared at a time
-QUERY_BLOCK = 256  # queries compared with them at a time, by one core
-MIN_QUERIES_TO_ROUND = 64
+QUERY_BLOCK = 512  # queries compared with them at a time, by one core
+MAX_PRECISE = 4096  # candidates of one query that are compared in float64
+FEW_QUERIES = 32  # with which a block may be so many times larger, divided by their number
 RANK_BLOCK = 1 << 20  # similarities ranked at a time, by one core
-FLOAT32_EPSILON = 2.0**-24  # largest relative error of rounding to float32
 UNIT_TOLERANCE = 8 * FLOAT32_EPSILON  # of the length of a vector that has been normalized
-BFLOAT16_ERROR = 2.0**-9  # largest absolute error of rounding a number below 1 to bfloat16
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
@@ -62,6 +72,7 @@ class CosineKNN:
             raise ValueError(f"a gallery is an array [N, D] with N > 0, not {gallery.shape}")
         _silence_sparse_warning()
         self.gallery = gallery if isinstance(gallery, StoredRows) else normalize(gallery)
+        self.has_searched = False  # a single query does not pay for rounding the gallery, the next ones do
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k most similar gallery embeddings of each query, most similar first.
@@ -80,8 +91,14 @@ class CosineKNN:
             raise ValueError(f"k is {k}: the gallery allows 1 to {largest}")
         similarities = np.full((len(queries), k), -np.inf, np.float32)
         indices = np.full((len(queries), k), len(self.gallery))
-        for start in range(0, len(self.gallery), GALLERY_BLOCK):
-            self._add_block(start, queries, similarities, indices, exclude)
+        if not len(queries):
+            return similarities, indices
+        size = GALLERY_BLOCK
+        if isinstance(self.gallery, np.ndarray):
+            size *= max(1, FEW_QUERIES // len(queries))
+        for start in range(0, len(self.gallery), size):
+            self._add_block(slice(start, start + size), queries, similarities, indices, exclude)
+        self.has_searched = True
         return similarities, indices
 
     def rank(
@@ -99,7 +116,7 @@ class CosineKNN:
         gallery = torch.from_numpy(self.gallery[:])
 
         def scores(chunk: slice) -> np.ndarray:
-            product = _product(torch.from_numpy(queries[chunk]), gallery).numpy()
+            product = (torch.from_numpy(queries[chunk]) @ gallery.T).numpy()
             if exclude is not None:
                 row = np.flatnonzero(exclude[chunk] >= 0)
                 product[row, exclude[chunk][row]] = -np.inf
@@ -109,11 +126,9 @@ class CosineKNN:
         yield from zip(chunks, ranked, strict=True)
 
     @cached_property
-    def _block_errors(self) -> list[float]:
-        """The largest rounding error of each block of the gallery."""
-        starts = range(0, len(self.gallery), GALLERY_BLOCK)
-        blocks = (self.gallery[start : start + GALLERY_BLOCK] for start in starts)
-        return [float(_rounding_errors(block, choose_product_precision()).max()) for block in blocks]
+    def _rounded(self) -> tuple[torch.Tensor, float]:
+        """The gallery in bfloat16, and its largest rounding error. Kept: half as much memory as the gallery takes."""
+        return round_vectors(torch.from_numpy(self.gallery[:]))
 
     def _checked(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.gallery.shape[1]:
@@ -122,41 +137,57 @@ class CosineKNN:
 
     def _add_block(
         self,
-        start: int,
+        part: slice,
         queries: np.ndarray,
         similarities: np.ndarray,
         indices: np.ndarray,
         exclude: np.ndarray | None,
     ) -> None:
-        """Updates `similarities` and `indices`, [Q, k], the best so far, with the gallery block at `start`."""
-        block, k = self.gallery[start : start + GALLERY_BLOCK], similarities.shape[1]
-        precision = choose_product_precision() if len(queries) >= MIN_QUERIES_TO_ROUND else torch.float32
-        rough_queries, rough_block = (torch.from_numpy(vectors).to(precision) for vectors in (queries, block))
-        error_bound = np.zeros((len(queries), 1), np.float32)
-        block_error = 0.0
-        if precision != torch.float32:
-            error_bound = _rounding_errors(queries, precision)
-            block_error = self._block_errors[start // GALLERY_BLOCK]
-        error_bound = _error_bound(error_bound, block_error, queries.shape[1], precision)
-        excluded_column = np.full(len(queries), -1) if exclude is None else exclude - start
+        """Updates `similarities` and `indices`, [Q, k], the best so far, with that part of the gallery."""
+        block, k = self.gallery[part], similarities.shape[1]
+        rough_queries, rough_block = torch.from_numpy(queries), torch.from_numpy(block)
+        query_errors, block_error = np.zeros((len(queries), 1), np.float32), 0.0
+        in_memory = isinstance(self.gallery, np.ndarray)
+        if choose_rough_precision(len(queries), in_memory and self.has_searched) == torch.bfloat16:
+            query_errors, rough_queries = rounding_errors(rough_queries), rough_queries.bfloat16()
+            if in_memory:
+                rough_block, block_error = self._rounded[0][part], self._rounded[1]
+            else:
+                rough_block, block_error = round_vectors(rough_block)
+        error_bound = bound_errors(query_errors, block_error, queries.shape[1], rough_block.dtype)
+        excluded_column = np.full(len(queries), -1) if exclude is None else exclude - part.start
 
         def update_topk(rows: slice) -> None:
-            scores = _product(rough_queries[rows], rough_block)
+            scores = rough_product(rough_queries[rows], rough_block)
             row = np.flatnonzero((excluded_column[rows] >= 0) & (excluded_column[rows] < len(block)))
             excluded = row, excluded_column[rows][row]
-            row, column = _candidates(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
+            row, column = find_candidates(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
+            if len(queries) == 1 and len(column) <= MAX_PRECISE:
+                ranked, index = self._merge_precisely(queries[0], indices[0], column + part.start)
+                similarities[0, : len(index)], indices[0, : len(index)] = ranked, index
+                return
             rescored = _rescore(queries[rows], block, row, column)
             similarities[rows], indices[rows] = self._merge(
-                queries[rows], similarities[rows], indices[rows], row, column + start, rescored
+                queries[rows], similarities[rows], indices[rows], row, column + part.start, rescored
             )
 
-        chunks = [slice(first, first + QUERY_BLOCK) for first in range(0, len(queries), QUERY_BLOCK)]
-        if len(chunks) == 1:
-            update_topk(chunks[0])
-        else:
-            with limit_torch_threads() as threads:
-                for _ in parallel_map(update_topk, chunks, prefetch=threads):
-                    pass
+        if len(queries) < MANY_QUERIES:
+            update_topk(slice(len(queries)))
+            return
+        with limit_torch_threads() as threads, blas().limit(limits=1, user_api="blas"):
+            rows = min(QUERY_BLOCK, -(-len(queries) // threads))
+            chunks = [slice(first, first + rows) for first in range(0, len(queries), rows)]
+            for _ in parallel_map(update_topk, chunks, prefetch=threads):
+                pass
+
+    def _merge_precisely(
+        self, query: np.ndarray, best: np.ndarray, candidates: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `_merge`, in float64 alone, for one query: its k best so far, `best`, are gallery indices [k] or N."""
+        index = np.concatenate([best[best < len(self.gallery)], candidates])
+        exact = (self.gallery[index] * query.astype(np.float64)).sum(axis=1)
+        order = np.lexsort((index, -exact))[: len(best)]
+        return exact[order], index[order]
 
     def _merge(
         self,
@@ -198,18 +229,6 @@ class CosineKNN:
         return np.take_along_axis(precise, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
-def _product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """[Q, N]. Uses torch, which shares its threads with the network; NumPy's BLAS threads keep spinning and delay the
-    next photo's network (p99 of a query's latency 120 ms instead of 13 on two cores).
-    """
-    if len(queries) > 1:
-        return queries @ gallery.T
-    # A matrix-vector product split into 64 batched ones uses all cores and is five times as fast on two.
-    height, dim = len(gallery) // 64, gallery.shape[1]
-    parts = torch.bmm(gallery[: 64 * height].view(64, height, dim), queries.T.expand(64, dim, 1))
-    return torch.cat([parts.view(1, 64 * height), queries @ gallery[64 * height :].T], dim=1)
-
-
 def _argsort_descending(scores: np.ndarray, k: int | None = None) -> np.ndarray:
     """The columns of float32 [Q, N] in order of score, highest first, ties by lower column: int64 [Q, N], or the first
     k of them, [Q, k].
@@ -225,52 +244,6 @@ def _argsort_descending(scores: np.ndarray, k: int | None = None) -> np.ndarray:
         keys = keys[:, :k]
     keys.sort(axis=1)
     return keys & 0xFFFFFFFF
-
-
-def _rounding_errors(vectors: np.ndarray, precision: torch.dtype) -> np.ndarray:
-    """The distance of each of [N, D] from itself rounded to `precision`: float32 [N, 1]."""
-    chunks = torch.from_numpy(vectors).split(4096)
-    return torch.cat([(chunk - chunk.to(precision)).norm(dim=1, keepdim=True) for chunk in chunks]).numpy()
-
-
-def _error_bound(query_errors: np.ndarray, block_error: float, dim: int, precision: torch.dtype) -> np.ndarray:
-    """How far rough scores can deviate from the exact ones: float32 [Q, 1].
-
-    |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'| (Cauchy-Schwarz); a sum in float32 is off by at most D * 2^-24
-    (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), and rounding a result below 1 to bfloat16 adds
-    at most 2^-9. The factor 1.01 covers |q'| > 1.
-    """
-    summation = dim * FLOAT32_EPSILON
-    result = BFLOAT16_ERROR if precision == torch.bfloat16 else 0
-    return np.asarray(query_errors + 1.01 * (block_error + summation) + result, np.float32)
-
-
-def _candidates(
-    scores: torch.Tensor, k: int, kth_best: np.ndarray, margin: np.ndarray, excluded: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of the rough `scores`, bfloat16 or float32 [q, n], that may be among the k best, sorted by row,
-    then column.
-
-    `kth_best`, float32 [q, 1], is the k-th best score so far; two rough scores that differ by at most `margin`, float32
-    [q, 1], can be in the wrong order. Positions `excluded`, (row, column), are never candidates.
-    """
-    scores[excluded] = -torch.inf
-    # Positive floats sort like their bits, and integers compare many times faster than bfloat16.
-    bits = torch.int16 if scores.dtype == torch.bfloat16 else torch.int32
-    keys = scores.view(bits).numpy()
-    columns = keys.shape[1]
-    group_size = min(16, columns // (4 * k)) or 1
-    num_groups = columns // group_size
-    if k <= num_groups:  # the k-th best of the groups' maxima is at most the k-th best of all
-        maxima = keys[:, : group_size * num_groups].reshape(-1, group_size, num_groups).max(axis=1)
-        kth = np.partition(maxima, num_groups - k, axis=1)[:, num_groups - k, None].copy()
-        kth_best = np.maximum(kth_best, torch.from_numpy(kth).view(scores.dtype).float().numpy())
-    # Scores of unit vectors are at most 1, but for rounding, which the error bound does not cover above 1.
-    threshold = torch.from_numpy(np.minimum(kth_best, 1) - margin).to(scores.dtype)
-    # Rounding the threshold loses no candidate, as the scores are rounded too. If it isn't positive, take all.
-    mask = keys >= torch.where(threshold > 0, threshold.view(bits), torch.iinfo(bits).min).numpy()
-    mask[excluded] = False
-    return np.divmod(np.flatnonzero(mask), columns)  # np.nonzero is several times slower
 
 
 def _rescore(queries: np.ndarray, block: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:

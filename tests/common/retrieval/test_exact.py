@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
-from common.retrieval import exact
+from common.retrieval import exact, rough
 from common.retrieval.exact import CosineKNN, normalize
+from common.row_cache import RowCache
 
 
 def brute_force(gallery, queries, k):
@@ -48,7 +49,7 @@ def test_same_neighbours_as_float64_brute_force(seed, count, dim, num_queries, c
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("center", [1.0, 0.0, -1.0])  # similarities mostly positive, of both signs, negative
 def test_rounding_before_the_search_changes_no_neighbour(monkeypatch, precision, center):
-    monkeypatch.setattr(exact, "choose_product_precision", lambda: precision)
+    monkeypatch.setattr(rough, "choose_product_precision", lambda: precision)
     rng = np.random.default_rng(5)
     gallery, queries = rng.normal(size=(3000, 32)) + 1, rng.normal(size=(300, 32)) + center
     gallery[1000:1500] = gallery[0] + 1e-4 * gallery[1000:1500]  # 500 photos that bfloat16 can't tell apart
@@ -57,6 +58,43 @@ def test_rounding_before_the_search_changes_no_neighbour(monkeypatch, precision,
     expected, expected_indices = brute_force(gallery, queries, 100)
     assert indices.tolist() == expected_indices.tolist()
     assert similarities == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+@pytest.mark.parametrize("center", [1.0, 0.0, -1.0])
+def test_one_query_after_another_finds_what_all_at_once_find(monkeypatch, block, center):
+    monkeypatch.setattr(exact, "GALLERY_BLOCK", block)
+    monkeypatch.setattr(exact, "FEW_QUERIES", 2)
+    rng = np.random.default_rng(7)
+    gallery, queries = rng.normal(size=(3000, 32)) + 1, rng.normal(size=(20, 32)) + center
+    gallery[1000:1500] = gallery[0] + 1e-4 * gallery[1000:1500]  # 500 photos that bfloat16 can't tell apart
+    gallery[2000:2010] = queries[0] = gallery[0]
+    expected, expected_indices = brute_force(gallery, queries, 100)
+    for most in (4096, 150):  # candidates that are compared in float64
+        monkeypatch.setattr(exact, "MAX_PRECISE", most)
+        index = CosineKNN(gallery)
+        found = [index.search(query[None], 100) for query in queries]
+        assert index.__dict__.keys() >= {"_rounded"}  # the first query alone did without
+        assert [indices[0].tolist() for _, indices in found] == expected_indices.tolist()
+        assert np.concatenate([each for each, _ in found]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_single_query_is_left_out_by_its_index():
+    gallery = np.array([[1.0, 0], [1, 0], [0, 1], [1, 0.1]])
+    index = CosineKNN(gallery)
+    for own, expected in enumerate([[1, 3, 2], [0, 3, 2], [3, 0, 1], [0, 1, 2]]):
+        assert index.search(gallery[own][None], 3, exclude=np.array([own]))[1].tolist() == [expected]
+
+
+def test_a_single_query_of_rows_on_disk_rounds_nothing(tmp_path):
+    vectors = normalize(np.random.default_rng(8).normal(size=(50, 8)))
+    keys = np.array([f"{number:064d}" for number in range(50)], "S64")
+    with RowCache(tmp_path, "vectors", (8,), np.float32) as rows:
+        rows.put(keys, vectors)
+    index = CosineKNN(rows.find(keys)[0])
+    for query in vectors[:3]:
+        assert index.search(query[None], 5)[1].tolist() == brute_force(vectors, query[None], 5)[1].tolist()
+    assert "_rounded" not in index.__dict__
 
 
 def test_blocks_give_what_one_product_gives(monkeypatch):

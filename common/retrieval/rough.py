@@ -1,0 +1,96 @@
+"""Rough products of queries with a gallery, how far they can be from the exact ones, and which are left to compare."""
+
+import functools
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController  # scikit-learn needs it too
+
+from common.device import choose_product_precision
+
+MANY_QUERIES = 64  # from which a product takes its time for computing, below for reading the gallery
+FLOAT32_EPSILON = 2.0**-24  # largest relative error of rounding to float32
+BFLOAT16_ERROR = 2.0**-9  # largest absolute error of rounding a number below 1 to bfloat16
+
+
+def choose_rough_precision(queries: int, is_rounded: bool) -> torch.dtype:
+    """The precision in which so many queries are multiplied with a gallery fastest.
+
+    For one query it depends on whether the gallery `is_rounded` already, which takes longer than the product.
+    """
+    if queries == 1 and is_rounded:
+        return torch.bfloat16  # half as much to read
+    return choose_product_precision() if queries >= MANY_QUERIES else torch.float32
+
+
+def rough_product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    """[Q, N]; of many queries on one core.
+
+    NumPy's OpenBLAS multiplies large float32 matrices 1.3 times as fast as torch's MKL on an AMD EPYC with AVX2. With
+    threads of its own, which keep spinning, it would delay the next photo's network.
+    """
+    if len(queries) == 1:
+        return (gallery @ queries[0])[None]
+    if len(queries) < MANY_QUERIES:
+        return (gallery @ queries.T).T.contiguous()  # twice as fast as the other way for a few
+    if queries.dtype == torch.float32:
+        return torch.from_numpy(queries.numpy() @ gallery.numpy().T)
+    return queries @ gallery.T
+
+
+@functools.cache
+def blas() -> ThreadpoolController:
+    """The BLAS libraries of this process, of which NumPy's is one."""
+    return ThreadpoolController()
+
+
+def round_vectors(vectors: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """[N, D] in bfloat16, and the largest error of that."""
+    return vectors.bfloat16(), float(rounding_errors(vectors).max())
+
+
+def rounding_errors(vectors: torch.Tensor) -> np.ndarray:
+    """The distance of each of [N, D] from itself rounded to bfloat16: float32 [N, 1]."""
+    errors = [chunk.bfloat16().float().sub_(chunk).norm(dim=1, keepdim=True) for chunk in vectors.split(1024)]
+    return torch.cat(errors).numpy()
+
+
+def bound_errors(query_errors: np.ndarray, block_error: float, dim: int, precision: torch.dtype) -> np.ndarray:
+    """How far rough scores can deviate from the exact ones: float32 [Q, 1].
+
+    |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'| (Cauchy-Schwarz); a sum in float32 is off by at most D * 2^-24
+    (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), and rounding a result below 1 to bfloat16 adds
+    at most 2^-9. The factor 1.01 covers |q'| > 1.
+    """
+    summation = dim * FLOAT32_EPSILON
+    result = BFLOAT16_ERROR if precision == torch.bfloat16 else 0
+    return np.asarray(query_errors + 1.01 * (block_error + summation) + result, np.float32)
+
+
+def find_candidates(
+    scores: torch.Tensor, k: int, kth_best: np.ndarray, margin: np.ndarray, excluded: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of the rough `scores`, bfloat16 or float32 [q, n], that may be among the k best, sorted by row,
+    then column.
+
+    `kth_best`, float32 [q, 1], is the k-th best score so far; two rough scores that differ by at most `margin`, float32
+    [q, 1], can be in the wrong order. Positions `excluded`, (row, column), are never candidates.
+    """
+    if len(excluded[0]):
+        scores[excluded] = -torch.inf
+    # Positive floats sort like their bits, and integers compare many times faster than bfloat16.
+    bits = torch.int16 if scores.dtype == torch.bfloat16 else torch.int32
+    keys = scores.view(bits).numpy()
+    columns = keys.shape[1]
+    group_size = min(16, columns // (4 * k)) or 1
+    num_groups = columns // group_size
+    if k <= num_groups:  # the k-th best of the groups' maxima is at most the k-th best of all
+        maxima = keys[:, : group_size * num_groups].reshape(-1, group_size, num_groups).max(axis=1)
+        kth = np.partition(maxima, num_groups - k, axis=1)[:, num_groups - k, None].copy()
+        kth_best = np.maximum(kth_best, torch.from_numpy(kth).view(scores.dtype).float().numpy())
+    # Scores of unit vectors are at most 1, but for rounding, which the error bound does not cover above 1.
+    threshold = torch.from_numpy(np.minimum(kth_best, 1) - margin).to(scores.dtype)
+    # Rounding the threshold loses no candidate, as the scores are rounded too. If it isn't positive, take all.
+    mask = keys >= torch.where(threshold > 0, threshold.view(bits), torch.iinfo(bits).min).numpy()
+    mask[excluded] = False
+    return np.divmod(np.flatnonzero(mask), columns)  # np.nonzero is several times slower
