@@ -43,7 +43,11 @@ CASES = {  # name: (arguments, ratios)
     ),
     "exact_search": (
         ("--weights", "none", "--sizes", "200"),
-        {f"{side}_200_top{k}" for side in ("faiss", "scikit_learn", "usearch", "limit") for k in (5, 100)},
+        {
+            f"{side}_200_{mode}"
+            for side in ("faiss", "scikit_learn", "usearch", "limit")
+            for mode in ("top5", "top100", "one")
+        },
     ),
     "query_latency": (("--weights", "none", "--queries", "5", "--cache", "none"), {"limit"}),
     "scaling": (
