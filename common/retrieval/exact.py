@@ -40,7 +40,7 @@ from common.retrieval.rough import (
 from common.row_cache import StoredRows
 
 GALLERY_BLOCK = 32_768  # gallery embeddings compared at a time
-QUERY_BLOCK = 512  # queries compared with them at a time, by one core
+QUERY_BLOCK = 256  # queries compared with them at a time, by one core
 MAX_PRECISE = 4096  # candidates of one query that are compared in float64
 FEW_QUERIES = 32  # with which a block may be so many times larger, divided by their number
 RANK_BLOCK = 1 << 20  # similarities ranked at a time, by one core
