@@ -14,6 +14,13 @@ from common.config import UserError
 from tests.conftest import ROOT
 
 
+def test_a_search_loads_no_package_that_it_can_do_without():
+    """Each takes half a second or more at every start."""
+    code = "import search, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"sklearn", "scipy", "pandas", "matplotlib", "faiss", "gradio"} & set(ended.stdout.split())
+
+
 def test_from_the_shell(run_script, trained, synthetic_photos, tmp_path):
     photo = sorted(synthetic_photos.rglob("*.jpg"))[0]
     (tmp_path / "some").mkdir()

@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy.optimize import linear_sum_assignment
-from sklearn.manifold import TSNE
 
 from common.data.decode import decode_photo
 from common.data.photos import Photos
@@ -22,6 +20,9 @@ def grid_layout(embeddings: np.ndarray, seed: int, side: int) -> np.ndarray:
     t-SNE (van der Maaten and Hinton 2008) lays them out, and each goes to a free cell near its place, with the
     smallest sum of squared distances.
     """
+    from scipy.optimize import linear_sum_assignment  # they take a second
+    from sklearn.manifold import TSNE
+
     cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)
     if len(embeddings) < 3:  # too few for t-SNE
         return cells[: len(embeddings)]

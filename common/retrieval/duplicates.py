@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from scipy.sparse import coo_array  # scikit-learn needs it too
-from scipy.sparse.csgraph import connected_components
 from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
@@ -161,8 +159,13 @@ def correlate(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def group_pairs(pairs: np.ndarray, count: int) -> np.ndarray:
     """int [N]: a number for each of `count` photos, equal for those that `pairs`, int [P, 2], link directly or not."""
-    links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (count, count))
-    return connected_components(links, directed=False)[1]
+    group = np.arange(count)
+    while True:
+        lowest = group.copy()
+        np.minimum.at(lowest, pairs.ravel(), group[pairs].min(axis=1).repeat(2))
+        if np.array_equal(lowest, group):
+            return group
+        group = lowest[lowest]
 
 
 def nearest_pairs(knn: CosineKNN, embeddings: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from common.data.photos import Photos
 from common.models.embedder import Embedder
@@ -18,6 +17,8 @@ def verify(embedder: Embedder, validation: Photos, queries: Photos) -> dict[str,
     latter is left out if there was no such answer. Of more than `MAX_QUERIES` queries, so many take part. Empty where
     either side has pairs of one kind only.
     """
+    from sklearn.metrics import roc_auc_score, roc_curve  # takes a second, and a search needs none of it
+
     queries = queries.subset(np.linspace(0, len(queries) - 1, min(MAX_QUERIES, len(queries))).astype(int))
     for labels in (validation.labels, queries.labels):
         if np.bincount(labels, minlength=1).max() < 2 or len(np.unique(labels)) < 2:

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from common.config import EngineConfig
 from common.data.photos import load_library, load_photos
@@ -70,6 +72,14 @@ def test_chains_are_one_group():
     assert groups[1] == groups[5]
     assert len(set(groups.tolist())) == 3
     assert len(set(group_pairs(np.zeros((0, 2), int), 3).tolist())) == 3
+    rng = np.random.default_rng(0)
+    for count in range(10, 90):
+        pairs = rng.integers(0, 100, (count, 2))
+        number, expected = connected_components(coo_array((np.ones(count), pairs.T), (100, 100)), directed=False)
+        groups = group_pairs(pairs, 100)
+        assert len(np.unique(groups)) == len(np.unique(np.stack([groups, expected]), axis=1).T) == number
+    chain = rng.permutation(1000)
+    assert len(np.unique(group_pairs(np.stack([chain[1:], chain[:-1]], 1), 1000))) == 1
 
 
 def to_jpeg(image, quality):
