@@ -58,6 +58,7 @@ def test_without_control_groups_the_affinity_counts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_end_lets_work_be_kept(name):
     number, kept = getattr(signal, name), []
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run below nohup
 
     def work():
         try:
@@ -65,10 +66,13 @@ def test_a_signal_to_end_lets_work_be_kept(name):
         finally:
             kept.append(name)
 
-    with terminated_like_ctrl_c(), pytest.raises(Terminated) as stop:
-        work()
-    assert (stop.value.number, kept) == (number, [name])
-    assert signal.getsignal(number) is signal.SIG_DFL
+    try:
+        with terminated_like_ctrl_c(), pytest.raises(Terminated) as stop:
+            work()
+        assert (stop.value.number, kept) == (number, [name])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ on Windows")
