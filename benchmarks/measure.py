@@ -166,7 +166,7 @@ def write(
 ) -> None:
     """Writes `benchmark_<name>.json` and .png into `config.results`, and prints the ratios.
 
-    `measured` holds the raw figures, by names with units; `draw` makes the picture, by default one of the ratios.
+    `measured` holds the raw values, by names with units; `draw` makes the picture, by default one of the ratios.
     """
     for ratio, values in results.items():
         print(f"{ratio:32} {values['median']:8.2f}   ({values['low']:.2f} to {values['high']:.2f})")

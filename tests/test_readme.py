@@ -29,7 +29,7 @@ SPEEDS = {  # how a row of the table begins: (benchmark, ratio)
     "exact search, 18,000 photos, 5 neighbours | faiss": ("exact_search", "faiss_18000_top5"),
     "exact search, 18,000 photos, 100 neighbours | faiss": ("exact_search", "faiss_18000_top100"),
     "exact search, 1,000,000 photos, 5 neighbours | faiss": ("exact_search", "faiss_1000000_top5"),
-    "exact search, 18,000 photos, 5 neighbours | scikit-learn": ("exact_search", "scikit_learn_18000_top5"),
+    "exact search, 18,000 photos, 5 neighbours | scikit-learn, cosine": ("exact_search", "scikit_learn_18000_top5"),
     "exact search, 18,000 photos, 5 neighbours | usearch": ("exact_search", "usearch_18000_top5"),
     "files to embeddings, squeezenet1_1 | plain PyTorch loop": ("embedding", "plain_loop_squeezenet1_1"),
     "files to embeddings, squeezenet1_1 | ONNX Runtime": ("embedding", "onnx_runtime_squeezenet1_1"),
@@ -63,13 +63,13 @@ def test_the_claims_are_those_of_the_reference_runs():
         assert re.fullmatch(r"[0-9a-f]{40}", result["environment"]["commit"])  # of a clean checkout
     siamese = REFERENCE["siamese"]
     scores, before, dogs = siamese["metrics"], siamese["baselines"]["pretrained"], siamese["also"]["dogs"]
-    figures = [
+    scores = [
         (scores["precision@5"], before["precision@5"]),
         (scores["instance_hit_rate@1_crop"], before["instance_hit_rate@1_crop"]),
         (dogs["metrics"]["hit_rate@1"], dogs["baselines"]["pretrained"]["hit_rate@1"]),
     ]
     text = on_one_line(README)
-    for own, frozen in figures:
+    for own, frozen in scores:
         assert f"{own['value']:.1%} ({frozen['value']:.1%} before training)".replace("%", " %") in text
     assert f"{siamese['timing']['train_seconds'] / 60:.0f} minutes of training" in text
 
@@ -172,10 +172,10 @@ def test_files_and_flags_that_are_named_exist(capsys):
     for script in (*approaches, "compare", "search", "app", "common.cache"):
         with pytest.raises(SystemExit):
             parse_config(import_module(script).Config, "", ["--help"])
-    told = capsys.readouterr().out + get_args_parser().format_help()
+    printed = capsys.readouterr().out + get_args_parser().format_help()
     flags = set(re.findall(r"--[a-z][a-z-]+", README))
     assert len(flags) > 8
-    assert all(flag in told for flag in flags)
+    assert all(flag in printed for flag in flags)
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys, synthetic_photos):

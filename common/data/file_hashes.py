@@ -40,7 +40,7 @@ class FileHashes:
         self.rows.flush()
 
     def distrust(self, path: str) -> None:
-        """Has a file read again from now on: what is in it has changed, and neither size nor times tell."""
+        """Has a file read again from now on: what is in it has changed, and neither size nor times show it."""
         key = _distrusted(np.array([self._stamp(path)], "S64"))
         if not self.rows.contains(key).any():
             self.rows.put(key, key)
@@ -50,10 +50,10 @@ class FileHashes:
         try:
             status = Path(self.root, path).stat()
             # A program may set the time of a file's content; that of the file itself changes all the same.
-            told = f"{self.root}/{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+            state = f"{self.root}/{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         except OSError:
-            told = f"{self.root}/{path} gone"
-        return hash_content(told.encode(errors="surrogateescape"))
+            state = f"{self.root}/{path} gone"
+        return hash_content(state.encode(errors="surrogateescape"))
 
 
 def _distrusted(stamps: np.ndarray) -> np.ndarray:

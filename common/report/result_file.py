@@ -88,7 +88,7 @@ def neighbours_csv(test: TestSet, evaluation: Evaluation) -> str:
 
 
 def summary(result: dict) -> str:
-    """The figures that a person looks for first, as a few lines of text."""
+    """The scores that a person looks for first, as a few lines of text."""
     dataset, model, timing = result["dataset"], result["model"], result["timing"]
     counts = ", ".join(f"{count:,} {name}" for name, count in list(dataset["classes"].items())[:6])
     counts += f", ... of {len(dataset['classes']):,} classes" if len(dataset["classes"]) > 6 else ""

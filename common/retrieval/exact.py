@@ -4,7 +4,7 @@ The ranking is that of a float64 brute force over the unit vectors, ties going t
 one 16-bit matrix product. The gallery is scanned block by block, and the k best so far are kept for each query:
 
 1. Rough product. Queries and block are rounded to bfloat16, where that is faster, and multiplied: for many queries on
-   CPUs with instructions for it, and for one query on all, as reading the gallery takes its time.
+   CPUs with instructions for it, and for one query on all, as it is bound by memory bandwidth.
 2. Error bound. How far a rough score can deviate from the exact one is bounded by Cauchy-Schwarz from the rounding
    errors of the vectors, which are measured, and by the known error of summing D products (`bound_errors`).
 3. Candidates. A score that is lower than the k-th best by more than both errors can't be among the k best. A lower
@@ -64,7 +64,7 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 
 
 class CosineKNN:
-    """Compares queries with every embedding of a gallery; memory beyond the gallery itself is bounded."""
+    """Compares queries with every embedding of a gallery; beyond the gallery and a rounded copy, memory is bounded."""
 
     def __init__(self, gallery: np.ndarray | StoredRows) -> None:
         """`gallery`: float [N, D], N > 0, finite; normalized here, but for rows on disk, which must be unit vectors."""
@@ -72,7 +72,7 @@ class CosineKNN:
             raise ValueError(f"a gallery is an array [N, D] with N > 0, not {gallery.shape}")
         _silence_sparse_warning()
         self.gallery = gallery if isinstance(gallery, StoredRows) else normalize(gallery)
-        self.has_searched = False  # a single query does not pay for rounding the gallery, the next ones do
+        self.has_searched = False  # the gallery is rounded for the second single query: for one it would take longer
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k most similar gallery embeddings of each query, most similar first.

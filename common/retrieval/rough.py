@@ -8,7 +8,7 @@ from threadpoolctl import ThreadpoolController  # scikit-learn needs it too
 
 from common.device import choose_product_precision
 
-MANY_QUERIES = 64  # from which a product takes its time for computing, below for reading the gallery
+MANY_QUERIES = 64  # from here on a product is bound by arithmetic, below by memory bandwidth
 FLOAT32_EPSILON = 2.0**-24  # largest relative error of rounding to float32
 BFLOAT16_ERROR = 2.0**-9  # largest absolute error of rounding a number below 1 to bfloat16
 
@@ -32,7 +32,7 @@ def rough_product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
     if len(queries) == 1:
         return (gallery @ queries[0])[None]
     if len(queries) < MANY_QUERIES:
-        return (gallery @ queries.T).T.contiguous()  # twice as fast as the other way for a few
+        return (gallery @ queries.T).T.contiguous()  # for a few queries twice as fast as queries @ gallery.T
     if queries.dtype == torch.float32:
         return torch.from_numpy(queries.numpy() @ gallery.numpy().T)
     return queries @ gallery.T

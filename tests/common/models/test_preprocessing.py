@@ -42,7 +42,7 @@ def test_resize_crop_takes_the_centre():
 
 
 def test_the_whole_of_a_wide_or_tall_photo_is_seen():
-    """Two photos alike in their middle square alone are told apart; a square one is as before."""
+    """Two photos with the same middle square alone get different pixels; a square one is as before."""
     rng = np.random.default_rng(0)
     first, second = (rng.integers(256, size=(40, 120, 3), dtype=np.uint8) for _ in range(2))
     second[:, 40:80] = first[:, 40:80]
