@@ -36,7 +36,7 @@ from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.models.heads import MultiLevelNetwork, Task
-from common.models.losses import unsupervised_losses
+from common.models.losses import pairwise_distances, unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import GroupSampler
 from common.models.training import Batch, Losses
@@ -99,7 +99,7 @@ def contrastive_loss(
     `embeddings`: float BxD, unit vectors; `labels`: int B. `reduction`: "mean" over all pairs of each kind, or
     "avg_non_zero" over those with nonzero loss. The paper's `positive_margin` is 0.
     """
-    distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")  # BxB
+    distances = pairwise_distances(embeddings)  # BxB
     first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
     distances, positive = distances[first, second], labels[first] == labels[second]  # P, P
     pull = functional.relu(distances - positive_margin).square() * positive

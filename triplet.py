@@ -32,7 +32,7 @@ from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.models.heads import MultiLevelNetwork, Task
-from common.models.losses import unsupervised_losses
+from common.models.losses import pairwise_distances, unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import GroupSampler
 from common.models.training import Batch, Losses
@@ -89,16 +89,14 @@ def triplet_loss(embeddings: torch.Tensor, labels: torch.Tensor, margin: float, 
 
     0 where there is no triplet. The memory is that of a few BxB arrays, not of BxBxB.
     """
-    distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")  # BxB
+    distances = pairwise_distances(embeddings)  # BxB
     same = labels[:, None] == labels
     positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     is_anchor = positive.any(1) & ~same.all(1)
-    if not is_anchor.any():
-        return distances.sum() * 0
     if mining == "batch_hard":
-        farthest = distances.where(positive, -torch.inf).amax(1)[is_anchor]
-        nearest = distances.where(~same, torch.inf).amin(1)[is_anchor]
-        return functional.relu(farthest - nearest + margin).mean()
+        farthest = distances.where(positive, -torch.inf).amax(1)
+        nearest = distances.where(~same, torch.inf).amin(1)
+        return masked_mean(functional.relu(farthest - nearest + margin), is_anchor)
 
     negatives, num_negatives = (
         distances.where(~same, torch.inf).sort(1).values,
@@ -108,14 +106,19 @@ def triplet_loss(embeddings: torch.Tensor, labels: torch.Tensor, margin: float, 
     if mining == "semi_hard":
         place = torch.searchsorted(negatives.detach(), distances.detach(), right=True)  # the first one farther
         negative = negatives.gather(1, place.minimum(num_negatives - 1).clamp(min=0))
-        return functional.relu(distances - negative + margin)[pairs].mean()
+        return masked_mean(functional.relu(distances - negative + margin), pairs)
 
     # The first n negatives are nearer than d + margin: they lose n (d + margin) minus the sum of their distances.
     limits = distances + margin
     count = torch.searchsorted(negatives.detach(), limits.detach())  # BxB
     sums = functional.pad(negatives.where(negatives.isfinite(), 0).cumsum(1), (1, 0))  # Bx(B+1)
-    loss = (count * limits - sums.gather(1, count))[pairs].sum()
-    return loss / count[pairs].sum().clamp(min=1)
+    loss = (count * limits - sums.gather(1, count)) * pairs
+    return loss.sum() / (count * pairs).sum().clamp(min=1)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of the values where the mask is true, 0 if it is nowhere; values[mask] would wait for a GPU."""
+    return values.where(mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 def training_step(

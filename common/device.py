@@ -11,22 +11,43 @@ import torch
 from common.config import UserError
 from common.process import num_cores
 
+TRY_AUTO = ": try --device auto"
+
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first available of CUDA, MPS and CPU. Raises `UserError`.
+    """The device called `name`; "auto" is the first of CUDA, MPS and CPU that computes. Raises `UserError`.
 
     torch gets no more threads than a container allows.
     """
     torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if name != "auto":
+        return _working_device(name)
+    for backend in (torch.cuda, torch.backends.mps):
+        kind = backend.__name__.rpartition(".")[2]
+        try:
+            if backend.is_available():
+                return _working_device(kind)
+        except UserError as error:  # a card that this torch has no kernels for
+            print(f"{str(error).removesuffix(TRY_AUTO)}: computing on the CPU instead", flush=True)
+    return torch.device("cpu")
+
+
+def _working_device(name: str) -> torch.device:
+    """The device called `name`, after a small product on it; raises `UserError`."""
     try:
-        torch.zeros(1, device=name).item()  # "meta" can be named, but holds no numbers
+        matrix = torch.ones(8, 8, device=name)
+        (matrix @ matrix).sum().item()  # "meta" can be named, but holds no numbers
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]  # torch goes on for pages
-        raise UserError(f"there is no device {name!r} here ({reason}): try --device auto") from error
+        raise UserError(f"there is no device {name!r} here ({reason}){TRY_AUTO}") from error
+
+
+@functools.cache
+def constant(values: tuple, device: torch.device) -> torch.Tensor:
+    """Numbers, or rows of numbers, on the device: made once, since a GPU's host waits for each copy."""
+    with torch.inference_mode(mode=False):  # else no gradient could pass it later
+        return torch.tensor(values, device=device)
 
 
 def choose_precision(device: torch.device) -> torch.dtype:

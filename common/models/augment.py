@@ -6,9 +6,11 @@ Crops, mirroring and colors as in SimCLR (Chen et al. 2020); sheared, at a lower
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from common.device import constant
 from common.distributed import own_rows, world
 
 STRETCH, SHEAR = 0.25, 0.25  # width to height times e^+-(2 STRETCH); how far edges tilt, as a fraction of a crop's side
@@ -18,6 +20,7 @@ LOW_RESOLUTION = 0.15  # of half of the views, at least, as a fraction of their 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 # RGB -> a grey axis and two colour axes, in which a rotation changes the hue alone (NTSC's YIQ)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+FROM_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
 
 
 def random_views(images: torch.Tensor, min_crop_area: float, size: int) -> torch.Tensor:
@@ -46,7 +49,8 @@ def random_crop(images: torch.Tensor, min_crop_area: float, size: int) -> torch.
     tilt_x, tilt_y = (side * _uniform(images, -SHEAR, SHEAR) for _ in range(2))
     affine = torch.stack([width * mirror, tilt_x, x, tilt_y, height, y], 1).view(-1, 2, 3)
     grid = functional.affine_grid(affine, [*images.shape[:2], size, size], align_corners=False)
-    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    edge = 1 - 1 / images.shape[-1]  # the centres of the outermost pixels; "border" is not there on every device
+    return functional.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
 def color_jitter(images: torch.Tensor) -> torch.Tensor:
@@ -55,15 +59,14 @@ def color_jitter(images: torch.Tensor) -> torch.Tensor:
     All four are linear in RGB: one matrix and one offset for each photo.
     """
     device = images.device
-    grey = torch.tensor(GREY, device=device)
+    grey, to_yiq, from_yiq = (constant(values, device) for values in (GREY, YIQ, FROM_YIQ))
     brightness, contrast, saturation = (_uniform(images, 1 - JITTER, 1 + JITTER).view(-1, 1, 1) for _ in range(3))
     angle = _uniform(images, -HUE, HUE) * 2 * math.pi
-    to_yiq = torch.tensor(YIQ, device=device)
     rotation = torch.zeros(len(images), 3, 3, device=device)
-    rotation[:, 0, 0] = 1
+    rotation[:, 0, 0].fill_(1)
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
-    hue = to_yiq.inverse() @ rotation @ to_yiq
+    hue = from_yiq @ rotation @ to_yiq
     to_grey = grey.expand(3, 3)
     saturate = to_grey + saturation * (torch.eye(3, device=device) - to_grey)
     matrix = brightness * contrast * (hue @ saturate)

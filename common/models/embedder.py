@@ -50,7 +50,7 @@ class Embedder:
     ) -> None:
         on_cpu = device.type == "cpu"
         self.preprocessing, self.device, self.approach = preprocessing, device, approach
-        self.batch_size = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
+        self.batch_size = self.batch_limit = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
         self.chunksize = max(self.batch_size, DecodedPhotos.chunksize)
         self.precision = choose_precision(device)
         self.lock = nullcontext() if on_cpu else Lock()  # a device other than the CPU takes one batch at a time
@@ -108,14 +108,35 @@ class Embedder:
     def embed_batch(self, images: np.ndarray) -> np.ndarray:
         """float32 [B, D], L2-normalized, of the pixels that `resize_crop` returns, uint8 [B, S, S, 3].
 
-        Raises `UserError` if the network gives NaN or infinity.
+        Where the device has no memory for so many, in smaller batches from then on. Raises `UserError` if it has none
+        for a single photo, and if the network gives NaN or infinity.
         """
-        with self.lock, torch.inference_mode(), autocast(self.device, self.precision):
-            features = self.network(self.preprocessing.normalize(torch.from_numpy(images).to(self.device))).float()
-            embeddings = functional.normalize(features).cpu().numpy()
+        parts: list[np.ndarray] = []
+        while (done := sum(map(len, parts))) < len(images):
+            part = images[done : done + self.batch_limit]
+            try:
+                parts.append(self._compute(part))
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises nothing more specific
+                if "out of memory" not in str(error):
+                    raise
+                name, half = self.device, len(part) // 2
+                if not half:
+                    raise UserError(f"{name} has no memory left: end what uses it, or give --device cpu") from error
+                if half < self.batch_limit:  # else another thread has halved it already
+                    self.batch_limit = half
+                    print(f"{name} is out of memory: {half} photos at a time from now on", flush=True)
+        embeddings = np.concatenate(parts)
         if not np.isfinite(embeddings).all():
             raise UserError("the network's embeddings hold NaN or infinity: lower learning_rate, or name other weights")
         return embeddings
+
+    def _compute(self, images: np.ndarray) -> np.ndarray:
+        """As `embed_batch`. A device other than the CPU copies one batch while it computes another."""
+        pixels, on_cuda = torch.from_numpy(images), self.device.type == "cuda"
+        pixels = (pixels.pin_memory() if on_cuda else pixels).to(self.device, non_blocking=on_cuda)
+        with self.lock, torch.inference_mode(), autocast(self.device, self.precision):
+            embeddings = functional.normalize(self.network(self.preprocessing.normalize(pixels)).float())
+        return embeddings.cpu().numpy()
 
     def stream(
         self, load_images: LoadImages, indices: np.ndarray, label: str = ""

@@ -16,6 +16,14 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> t
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
+def pairwise_distances(embeddings: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances of unit vectors, float [B, D]: [B, B], in [0, 2]; the gradient is 0 where two are equal.
+
+    From dot products, as not every device has a gradient of torch.cdist. In float32 a distance of 0 may become 1e-3.
+    """
+    return (2 - 2 * embeddings @ embeddings.T).clamp(min=1e-12).sqrt()
+
+
 class UnsupervisedConfig(Protocol):
     """The hyperparameters of `unsupervised_losses`."""
 

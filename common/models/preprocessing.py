@@ -10,6 +10,7 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 
 from common.data.decode import VERSION, decode_photo
+from common.device import constant
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Preprocessing:
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, S, S] from RGB values in [0, 255], [B, S, S, 3]; the memory layout stays."""
-        mean, std = (torch.tensor(each, device=images.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
+        mean, std = (constant(each, images.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
         return torch.addcmul(-mean / std, images.permute(0, 3, 1, 2), 1 / (255 * std))
 
     def denormalize(self, images: torch.Tensor) -> torch.Tensor:
         """float32 [B, 3, S, S], RGB in [0, 1] where `images` come from photos: the inverse of `normalize`."""
-        mean, std = (torch.tensor(each, device=images.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
+        mean, std = (constant(each, images.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
         return images * std + mean
 
     def to_dict(self) -> dict:

@@ -84,9 +84,11 @@ class Trainer:
     def __init__(self, network: nn.Module, config: TrainingConfig, total_steps: int) -> None:
         self.network = network
         self.device = next(network.parameters()).device
-        self.precision = choose_precision(self.device)
+        # On MPS in float32: scaling the loss takes float64 there, and its fused steps don't skip an overflow.
+        on_mps = self.device.type == "mps"
+        self.precision = torch.float32 if on_mps else choose_precision(self.device)
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+            network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=not on_mps
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.compiled = torch.compile(network) if config.compile else network
@@ -135,8 +137,9 @@ class Trainer:
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Restores the state from a checkpoint."""
         self.network.load_state_dict(checkpoint.network)
-        if checkpoint.optimizer and checkpoint.scaler is not None:
+        if checkpoint.optimizer:
             self.optimizer.load_state_dict(checkpoint.optimizer)
+        if checkpoint.scaler:  # empty if the epochs before were in another precision
             self.scaler.load_state_dict(checkpoint.scaler)
 
 
@@ -246,13 +249,13 @@ def load_batches(photos: Photos, decoded: DecodedPhotos, batches: np.ndarray, de
     labels = torch.from_numpy(photos.labels).to(device)
     pin = device.type == "cuda"
 
-    def load(indices: np.ndarray) -> torch.Tensor:
-        images = torch.from_numpy(decoded.load(photos, indices))
-        return images.pin_memory() if pin else images
+    def load(indices: np.ndarray) -> list[torch.Tensor]:
+        tensors = [torch.from_numpy(array) for array in (decoded.load(photos, indices), indices)]
+        return [tensor.pin_memory() for tensor in tensors] if pin else tensors
 
-    for indices, images in zip(batches, parallel_map(load, batches, PREFETCH), strict=True):
-        chosen = torch.from_numpy(indices).to(device)
-        yield Batch(images.to(device, non_blocking=pin), labels[chosen], chosen)
+    for tensors in parallel_map(load, batches, PREFETCH):
+        images, indices = (tensor.to(device, non_blocking=pin) for tensor in tensors)
+        yield Batch(images, labels[indices], indices)
 
 
 def resume(trainer: Trainer, checkpoint: Checkpoint, path: Path, epochs: int) -> list[dict]:

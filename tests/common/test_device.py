@@ -3,7 +3,14 @@ import torch
 
 from common import device
 from common.config import UserError
-from common.device import autocast, choose_device, choose_precision, choose_product_precision, limit_torch_threads
+from common.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    choose_product_precision,
+    constant,
+    limit_torch_threads,
+)
 
 CPU = torch.device("cpu")
 
@@ -21,6 +28,7 @@ def test_a_device_that_is_not_here_is_named(name):
 
 
 def test_auto_takes_the_fastest_device(monkeypatch):
+    monkeypatch.setattr(device, "_working_device", torch.device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto") == CPU
@@ -28,6 +36,32 @@ def test_auto_takes_the_fastest_device(monkeypatch):
     assert choose_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == torch.device("cuda")
+
+
+def test_auto_passes_over_a_card_that_cannot_compute(monkeypatch, capsys):
+    def ones(*shape, device):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel ...")
+        return torch.full(shape, 1.0)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    assert capsys.readouterr().out == (
+        "there is no device 'cuda' here (CUDA error: no kernel image is available for execution on the device): "
+        "computing on the CPU instead\n"
+    )
+
+
+def test_constants_are_made_once_and_let_gradients_pass():
+    with torch.inference_mode():
+        made = constant(((1.0, 2.0), (3.0, 4.0)), CPU)
+    assert made.tolist() == [[1, 2], [3, 4]]
+    assert constant(((1.0, 2.0), (3.0, 4.0)), CPU) is made
+    weight = torch.ones(2, 2, requires_grad=True)
+    (weight * made).sum().backward()
+    assert weight.grad.tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,14 @@ def test_a_crop_shows_a_part_of_the_photo_no_smaller_than_min_crop_area(crops_al
     assert crops.max() <= 99
 
 
+def test_beyond_the_edge_a_crop_repeats_the_outermost_pixels(monkeypatch):
+    torch.manual_seed(0)
+    images, grid = torch.rand(4, 3, 16, 16), 3 * torch.rand(4, 12, 12, 2) - 1.5
+    monkeypatch.setattr(functional, "affine_grid", lambda *_, **__: grid)
+    expected = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    assert torch.allclose(random_crop(images, 0.9, 12), expected, atol=1e-5)
+
+
 def test_a_view_may_be_smaller_than_the_photo(crops_alone):
     rows = torch.arange(0, 160, 20, dtype=torch.uint8).view(1, 8, 1, 1).expand(3, 8, 8, 3)
     views = random_views(rows, 1.0, 4)

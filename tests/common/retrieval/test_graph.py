@@ -116,6 +116,11 @@ def test_a_mask_does_not_reset_the_depth(vectors, tmp_path):
     assert masked.measure_recall(vectors[2000:], k=10) > 0.999
 
 
+def test_queries_may_be_a_view_with_strides(vectors, tmp_path):
+    index = GraphKNN(vectors[:500], ids(500), tmp_path)
+    assert index.search(vectors[:20:2], 1)[1].ravel().tolist() == list(range(0, 20, 2))
+
+
 def test_byte_identical_photos_are_all_found(vectors, tmp_path):
     gallery, sha256 = vectors[:500].copy(), ids(500)
     gallery[[7, 300]], sha256[[7, 300]] = gallery[3], sha256[3]

@@ -36,8 +36,16 @@ def test_throughput_counts_the_photos_after_the_warm_up(photos, embedder, monkey
     assert len(reads) == 32 + 120 + 120  # two batches of 16 to warm up
 
 
+def test_throughput_is_over_four_batches_or_more(photos, embedder, monkeypatch):
+    monkeypatch.setattr(timing, "THROUGHPUT_PHOTOS", 5)
+    reads = count_reads(monkeypatch)
+    measure_throughput(embedder, photos)
+    assert len(reads) == 32 + 64 + 64  # batches of 16
+
+
 def test_throughput_is_over_the_same_photos_whatever_the_cache_holds(photos, embedder, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "THROUGHPUT_PHOTOS", 5)
+    monkeypatch.setattr(timing, "THROUGHPUT_BATCHES", 0)
     reads = count_reads(monkeypatch)
     measure_throughput(embedder, photos)
     first = sorted(reads)
