@@ -218,7 +218,7 @@ def main(config: Config) -> Path:
     step = partial(training_step, config=config, preprocessing=backbone.preprocessing, targets=targets)
     model = {"backbone": config.backbone, "weights": backbone.weights}
     history = run.train(network, step, split.train, decoded, model)
-    embedder = run.embedder(network.encoder, decoded)
+    embedder = run.embedder(network.encoder, decoded, config.inference)
     evaluation = run.evaluate(embedder, split)
     size, dim = config.output_size, config.appearance_dim + config.semantic_dim
     scores, picture = score_reconstructions(network.encoder, network.decoder, decoded, split, size, dim)

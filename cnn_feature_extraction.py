@@ -139,7 +139,7 @@ def main(config: Config) -> Path:
     if config.epochs:
         config = replace(config, view_size=require_view_size(backbone, config.view_size))
     decoded = DecodedPhotos(backbone.preprocessing, run.cache if config.epochs else None)
-    frozen = run.embedder(backbone.network, decoded)
+    frozen = run.embedder(backbone.network, decoded, "torch" if config.epochs else config.inference)
     consumer = decoded if config.epochs else frozen  # filled as the files are read
     split = run.load_photos(consumer, frozen=frozen)
     if config.epochs and len(split.train.classes) < 2:
@@ -158,7 +158,7 @@ def main(config: Config) -> Path:
     step = partial(training_step, config=config, preprocessing=backbone.preprocessing, targets=keep)
     model = {"backbone": config.backbone, "weights": backbone.weights}
     history = run.train(network, step, split.train, decoded, model, GroupSampler(split.train.labels, keep))
-    embedder = run.embedder(embedding_network, decoded) if history else frozen
+    embedder = run.embedder(embedding_network, decoded, config.inference) if history else frozen
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 
 

@@ -126,10 +126,11 @@ def print_pairs(names: list[str], distances: np.ndarray, verification: dict[str,
 def compare_pairs(config: Config, approach: str, cache: Path | None) -> None:
     """Prints the distances between the photos that are named; raises `UserError`."""
     verification: dict[str, float] = {}
+    computing = cache, config.device, config.inference
     if approach == PRETRAINED:
-        embedder = load_pretrained(config.backbone, config.weights, cache, config.device)
+        embedder = load_pretrained(config.backbone, config.weights, *computing, config.index)
     else:
-        embedder, checkpoint = load_embedder(approach, import_module, Path(config.results), cache, config.device)
+        embedder, checkpoint = load_embedder(approach, import_module, Path(config.results), *computing)
         verification = checkpoint.verification
     names, embeddings = embed_queries(embedder, config.photos)
     similarities = embeddings.astype(np.float64) @ embeddings.T
@@ -141,9 +142,8 @@ def compare_pairs(config: Config, approach: str, cache: Path | None) -> None:
 def list_duplicates(config: Config, approach: str, cache: Path | None) -> None:
     """Prints, lists and draws which photos of the folder `duplicates` are copies; raises `UserError`."""
     pretrained, results = (config.backbone, config.weights), Path(config.results)
-    embedder, _, folder = open_network(
-        approach, import_module, results, config.duplicates, cache, config.device, pretrained
-    )
+    network = results, config.duplicates, cache, config.device, pretrained, config.inference
+    embedder, _, folder = open_network(approach, import_module, *network)
     small = DecodedPhotos(SMALL, cache)
     selection = Selection(config.exclude, lists=results)
     photos = load_library(folder, [embedder, small], cache, "embedding the photos", selection=selection)
@@ -198,9 +198,8 @@ def main(config: Config) -> None:
         return
     pretrained = config.backbone, config.weights
     if world().size > 1:
-        embedder, _, folder = open_network(
-            approach, import_module, results, config.index, cache, config.device, pretrained
-        )
+        network = results, config.index, cache, config.device, pretrained, config.inference
+        embedder, _, folder = open_network(approach, import_module, *network)
         embed_part(embedder, folder, cache, config.exclude)
         return
     only = config.only or None

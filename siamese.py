@@ -153,7 +153,7 @@ def main(config: Config) -> Path:
     sampler = GroupSampler(split.train.labels, task.targets)
     model = {"backbone": config.backbone, "weights": backbone.weights}
     history = run.train(network, step, split.train, decoded, model, sampler)
-    embedder = run.embedder(network, decoded)
+    embedder = run.embedder(network, decoded, config.inference)
     return run.report(embedder, model, split, run.evaluate(embedder, split), history)
 
 

@@ -40,7 +40,7 @@ class Range(NamedTuple):
 
 @dataclass
 class EngineConfig:
-    """Which photos are searched, and how."""
+    """Which photos are searched, how, and what computes their embeddings."""
 
     engine: Literal["exact", "hnsw", "milvus"] = (
         "exact"  # "hnsw": a graph, faster on large galleries, misses some neighbours; "milvus": a vector database
@@ -49,6 +49,9 @@ class EngineConfig:
     graph_depth: Annotated[int, Range(1, 32_768)] = 64  # candidates that a search of a graph keeps; more miss less
     milvus: str = "data/milvus.db"  # a server's address, http://host:19530, or a file; MILVUS_TOKEN is the token
     collection: str = ""  # in Milvus; empty: named after the network and the folder of the photos
+    inference: Literal["torch", "openvino", "int8"] = (
+        "torch"  # "openvino": faster on many CPUs, an extra; "int8": 8-bit convolutions in it, faster still
+    )
     exclude: tuple[str, ...] = ()  # files and folders to leave out, by path or name, with * and ?
     copy_threshold: Annotated[float, Range(0.5, 1)] = (
         0.95  # correlation of two photos' pixels from which they count as copies; 1: only if their files are the same
@@ -75,6 +78,7 @@ class RunConfig(EngineConfig):
 
     # Computing
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
+    precision: Literal["auto", "float32"] = "auto"  # "auto": 16 bits where the device has units for them
     embed_batch_size: Annotated[int, Range(0, 65_536)] = 0  # photos embedded at a time; 0: 8 on a CPU, 256 on a GPU
     compile: bool = False  # torch.compile the training step: a slow start, then faster on a GPU
     cache: str = "data/.cache"  # a folder that keeps decoded photos and embeddings for the next run, or "none"

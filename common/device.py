@@ -50,13 +50,15 @@ def constant(values: tuple, device: torch.device) -> torch.Tensor:
         return torch.tensor(values, device=device)
 
 
-def choose_precision(device: torch.device) -> torch.dtype:
-    """The precision of convolutions: 16 bits where the device has matrix units for them.
+def choose_precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
+    """The precision of convolutions: "float32", or with "auto" 16 bits where the device has matrix units for them.
 
     On a CPU these are Intel's AMX and AMD's AVX-512 units for bfloat16: measured on two cores of an EPYC (Zen 4),
     squeezenet1_1 and resnet18 embedded 1.7 to 2.0 times and trained 1.6 to 2.7 times as fast as in float32. On a Xeon
     that has these instructions but no AMX, float32 was 1.0 (squeezenet1_1) to 1.5 times (resnet18) as fast.
     """
+    if wanted == "float32":
+        return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":

@@ -14,7 +14,7 @@ SCHEMA = 5  # version of the fields below
 # May differ when a run is resumed. Photos and weights are compared themselves, not where they lie.
 RESUMABLE_FIELDS = {
     *("data", "queries", "also", "weights", "group_duplicates"),
-    *("results", "cache", "resume", "device", "embed_batch_size", "compile"),
+    *("results", "cache", "resume", "device", "precision", "inference", "embed_batch_size", "compile"),
     *("engine", "graph_code", "graph_depth", "exclude", "allow_unreadable", "copy_threshold"),
 }
 

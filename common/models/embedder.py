@@ -21,6 +21,7 @@ from common.data.photos import Photos
 from common.device import autocast, choose_precision, limit_torch_threads
 from common.distributed import world
 from common.models.decoded import DecodedPhotos, decode_files
+from common.models.inference import CompiledNetwork, compile_network
 from common.models.preprocessing import Preprocessing
 from common.parallel import parallel_map
 from common.row_cache import FLUSH_SECONDS, RowCache, StoredRows
@@ -47,12 +48,16 @@ class Embedder:
         cache: Path | None = None,  # a folder that keeps embeddings for the next run
         decoded: DecodedPhotos | None = None,  # takes pixels from there where it has them
         approach: str = "",  # whose network it is
+        precision: str = "auto",  # see `choose_precision`
+        inference: str = "torch",  # see `EngineConfig`
+        folder: Path | None = None,  # of the photos that a network is quantized for
     ) -> None:
         on_cpu = device.type == "cpu"
         self.preprocessing, self.device, self.approach = preprocessing, device, approach
         self.batch_size = self.batch_limit = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
         self.chunksize = max(self.batch_size, DecodedPhotos.chunksize)
-        self.precision = choose_precision(device)
+        self.precision = choose_precision(device, precision)
+        self.compiled: CompiledNetwork | None = None  # in place of the network
         self.lock = nullcontext() if on_cpu else Lock()  # a device other than the CPU takes one batch at a time
         self.network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         size = preprocessing.crop
@@ -62,9 +67,23 @@ class Embedder:
         self.decoded = decoded or DecodedPhotos(preprocessing, None)
         versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
         seen = f"{network_digest(network)}, {preprocessing}, {preprocessing.pixels}"
+        if inference != "torch":
+            seen += f", {inference}"
+            self._compile(inference, folder, cache, f"network, {seen}, {versions}")
+            (probe,) = self.embed_batch(noise)
         self.digest = hashlib.sha256(seen.encode()).hexdigest()  # of all that a user chooses about embeddings
         key = f"embeddings, {seen}, {self.precision} on {device.type}, {versions}"
         self.rows = self._open_cache(cache, key, probe)
+
+    def _compile(self, inference: str, folder: Path | None, cache: Path | None, key: str) -> None:
+        """Replaces the network by one in OpenVINO; raises `UserError`."""
+        if self.device.type != "cpu":
+            raise UserError(f"inference {inference} is for CPUs, not {self.device}: give --device cpu, or leave it out")
+        quantized_for = folder if inference == "int8" else None
+        if inference == "int8" and folder is None:
+            raise UserError("inference int8 needs photos to quantize the network for: name a folder with --index")
+        self.compiled = compile_network(self.network, self.preprocessing, quantized_for, cache, key)
+        self.precision = torch.int8 if inference == "int8" else torch.float32
 
     def _open_cache(self, folder: Path | None, key: str, probe: np.ndarray) -> RowCache:
         """The embeddings of networks of this key that also embed a fixed image as this one does, float32 [D].
@@ -132,6 +151,8 @@ class Embedder:
 
     def _compute(self, images: np.ndarray) -> np.ndarray:
         """As `embed_batch`. A device other than the CPU copies one batch while it computes another."""
+        if self.compiled:
+            return functional.normalize(torch.from_numpy(self.compiled(images))).numpy()
         pixels, on_cuda = torch.from_numpy(images), self.device.type == "cuda"
         pixels = (pixels.pin_memory() if on_cuda else pixels).to(self.device, non_blocking=on_cuda)
         with self.lock, torch.inference_mode(), autocast(self.device, self.precision):

@@ -74,6 +74,7 @@ class TrainingConfig(Protocol):
     learning_rate: float
     weight_decay: float
     seed: int
+    precision: str
     compile: bool
     resume: bool
 
@@ -86,7 +87,7 @@ class Trainer:
         self.device = next(network.parameters()).device
         # On MPS in float32: scaling the loss takes float64 there, and its fused steps don't skip an overflow.
         on_mps = self.device.type == "mps"
-        self.precision = torch.float32 if on_mps else choose_precision(self.device)
+        self.precision = torch.float32 if on_mps else choose_precision(self.device, config.precision)
         self.optimizer = torch.optim.AdamW(
             network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=not on_mps
         )

@@ -199,10 +199,13 @@ class Run(Generic[ConfigT]):
             groups={sha256.decode(): group.decode() for sha256, group in self.groups.items()},
         )
 
-    def embedder(self, network: torch.nn.Module, decoded: DecodedPhotos) -> Embedder:
-        """`network` on this run's device, with its cache; it takes pixels from `decoded`."""
-        batch_size = self.config.embed_batch_size
-        return Embedder(network, decoded.preprocessing, self.device, batch_size, self.cache, decoded, self.approach)
+    def embedder(self, network: torch.nn.Module, decoded: DecodedPhotos, inference: str = "torch") -> Embedder:
+        """`network` on this run's device, with its cache; it takes pixels from `decoded`.
+
+        `inference`: see `EngineConfig`; for a network that is not trained further.
+        """
+        shared = self.device, self.config.embed_batch_size, self.cache, decoded, self.approach, self.config.precision
+        return Embedder(network, decoded.preprocessing, *shared, inference, self.folder)
 
     def evaluate(self, embedder: Embedder, split: Split) -> Evaluation:
         """By the protocol that all approaches share. Of several processes the first one scores; the others end here."""

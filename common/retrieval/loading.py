@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -63,19 +63,32 @@ def load_available(results: Path, load: Callable[[str], T], needs_gallery: bool 
     return loaded
 
 
-def load_pretrained(backbone: str, weights: str, cache: Path | None, device: str) -> Embedder:
-    """A pre-trained network as it is, for whole photos; arguments are those of `load_backbone`."""
+def load_pretrained(
+    backbone: str, weights: str, cache: Path | None, device: str, inference: str = "torch", index: str = ""
+) -> Embedder:
+    """A pre-trained network as it is, for whole photos; arguments are those of `load_backbone` and `load_engine`."""
     loaded = load_backbone(backbone, weights, pooling=PRETRAINED_POOLING, whole_photo=True)
-    return Embedder(loaded.network, loaded.preprocessing, choose_device(device), cache=cache, approach=PRETRAINED)
+    options = _options(PRETRAINED, cache, inference, index)
+    return Embedder(loaded.network, loaded.preprocessing, choose_device(device), **options)
+
+
+def _options(approach: str, cache: Path | None, inference: str, folder: str) -> dict[str, Any]:
+    """Of an `Embedder`; `folder`: of photos that a network may be quantized for, or empty."""
+    return {"approach": approach, "cache": cache, "inference": inference, "folder": Path(folder) if folder else None}
 
 
 def load_embedder(
-    approach: str, import_script: Callable[[str], ModuleType], results: Path, cache: Path | None, device: str
+    approach: str,
+    import_script: Callable[[str], ModuleType],
+    results: Path,
+    cache: Path | None,
+    device: str,
+    inference: str = "torch",
 ) -> tuple[Embedder, Checkpoint]:
     """The network in the checkpoint that an approach left in `results`, and the checkpoint.
 
     `import_script(approach)` is the approach's script, whose `from_checkpoint(checkpoint)` rebuilds the network: it is
-    passed in, since nothing here knows the scripts. Raises `UserError`.
+    passed in, since nothing here knows the scripts. `inference`: see `EngineConfig`. Raises `UserError`.
     """
     path = results / f"{approach}.pt"
     if not path.exists():
@@ -95,7 +108,9 @@ def load_embedder(
         raise UserError(f"{path} does not fit {approach}.py as it is now: train again") from error
     if missing := {"labelled", "seed", "split"} - checkpoint.config.keys():
         raise UserError(f"{path} does not say {', '.join(sorted(missing))}: train again")
-    return Embedder(network, preprocessing, choose_device(device), cache=cache, approach=approach), checkpoint
+    options = _options(approach, cache, inference, checkpoint.folder)
+    options["precision"] = checkpoint.config.get("precision", "auto")
+    return Embedder(network, preprocessing, choose_device(device), **options), checkpoint
 
 
 def load_engine(
@@ -115,7 +130,8 @@ def load_engine(
     approach `PRETRAINED`. `config`: what to search, and how. `only`: the class to search, None: all. See
     `load_embedder`. Raises `UserError`.
     """
-    embedder, checkpoint, folder = open_network(approach, import_script, results, index, cache, device, pretrained)
+    network = results, index, cache, device, pretrained, config.inference
+    embedder, checkpoint, folder = open_network(approach, import_script, *network)
     is_own = checkpoint is not None and not index  # the gallery of the run
     exclude = (*config.exclude, *(checkpoint.config.get("exclude", ()) if checkpoint and is_own else ()))
     selection = Selection(exclude, lists=results)
@@ -152,6 +168,7 @@ def open_network(
     cache: Path | None,
     device: str,
     pretrained: tuple[str, str],
+    inference: str,
 ) -> tuple[Embedder, Checkpoint | None, Path]:
     """The network, its checkpoint if it has one, and the folder of photos to search. See `load_engine`."""
     checkpoint = None
@@ -159,9 +176,9 @@ def open_network(
         if not index:
             raise UserError("a pre-trained network has no gallery of its own: name a folder to search with --index")
         require_folder(Path(index))
-        embedder = load_pretrained(*pretrained, cache, device)
+        embedder = load_pretrained(*pretrained, cache, device, inference, index)
     else:
-        embedder, checkpoint = load_embedder(approach, import_script, results, cache, device)
+        embedder, checkpoint = load_embedder(approach, import_script, results, cache, device, inference)
     folder = Path(index or checkpoint.folder if checkpoint else index)
     if not index and not folder.is_dir():
         raise UserError(f"the gallery of {approach}.py, {folder}, is gone: name a folder to search with --index")
