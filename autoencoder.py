@@ -13,10 +13,10 @@ In the search appearance counts little. No labels are used but those that the CN
 
 Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on two cores of an Intel Xeon in
 bfloat16: precision@5 0.960, instance_hit_rate@1_crop 0.858, recall@1 by dog breed 0.412 after 9 minutes of training;
-the pre-trained network as it is has 0.944, 0.800 and 0.440. Reconstructions have a PSNR of 25.0 dB, as those of as
-many principal components (results/reference/autoencoder.json).
+as it is the network has 0.944, 0.800 and 0.440. The PSNR is 25.0 dB, that of PCA (results/reference/autoencoder.json).
 """
 
+import common  # noqa: F401, I001  # before torch, for its threads
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -220,8 +220,8 @@ def main(config: Config) -> Path:
     history = run.train(network, step, split.train, decoded, model)
     embedder = run.embedder(network.encoder, decoded, config.inference)
     evaluation = run.evaluate(embedder, split)
-    size, dim = config.output_size, config.appearance_dim + config.semantic_dim
-    scores, picture = score_reconstructions(network.encoder, network.decoder, decoded, split, size, dim)
+    sizes = config.output_size, config.appearance_dim + config.semantic_dim
+    scores, picture = score_reconstructions(network.encoder, network.decoder, decoded, split, *sizes)
     extra, pictures = {"reconstruction": scores}, {"reconstructions": picture}
     return run.report(embedder, model, split, evaluation, history, extra, pictures)
 

@@ -99,12 +99,12 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 @contextmanager
-def limit_torch_threads() -> Iterator[int]:
-    """Within, torch computes each operation on one thread, so that worker threads, one per core, don't compete.
-    Yields the number of threads before.
+def limit_torch_threads(limit: int = 1) -> Iterator[int]:
+    """Within, torch computes each operation on one thread, so that worker threads, one per core, don't compete, or on
+    `limit` threads. Yields the number of threads before.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(limit)
     try:
         yield threads
     finally:

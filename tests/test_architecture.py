@@ -129,3 +129,12 @@ def test_functions_are_short(module):
     limit = MAX_FUNCTION_IN_COMMON if module in IN_COMMON else MAX_FUNCTION
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > limit] == []
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_common_is_imported_before_torch(script):
+    """As it says how torch's threads wait. Only torch and what needs it load torch."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    lines = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [line.split()[1].split(".")[0] for line in lines]
+    assert names.index("common") < next((place for place, name in enumerate(names) if name.startswith("torch")), 99)

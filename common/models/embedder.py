@@ -121,8 +121,12 @@ class Embedder:
         self.rows.flush()
 
     def embed_images(self, images: Iterable[Image.Image]) -> np.ndarray:
-        """float32 [B, D], L2-normalized, of B RGB images: one batch, on this thread."""
-        return self.embed_batch(np.stack([self.preprocessing.resize_crop(image) for image in images]))
+        """float32 [B, D], L2-normalized, of B RGB images: one batch.
+
+        On half of the cores: where another program takes one of them, threads on all would wait for it in each layer.
+        """
+        with limit_torch_threads(max(1, torch.get_num_threads() // 2)):
+            return self.embed_batch(np.stack([self.preprocessing.resize_crop(image) for image in images]))
 
     def embed_batch(self, images: np.ndarray) -> np.ndarray:
         """float32 [B, D], L2-normalized, of the pixels that `resize_crop` returns, uint8 [B, S, S, 3].

@@ -1,3 +1,8 @@
+import ast
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +16,7 @@ from common.device import (
     constant,
     limit_torch_threads,
 )
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -92,6 +98,23 @@ def test_autocast_is_on_for_16_bits_only():
     for precision in (torch.float32, torch.bfloat16):
         with autocast(CPU, precision):
             assert (matrix @ matrix).dtype == precision
+
+
+def test_threads_wait_without_keeping_a_core_busy():
+    """Unless the user says otherwise."""
+
+    def wait(**environment):
+        code = (
+            "import os, common; print({name: os.environ.get(name) for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')})"
+        )
+        clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True)
+        return ast.literal_eval(ended.stdout)
+
+    assert wait() == {"GOMP_SPINCOUNT": "10000", "OMP_WAIT_POLICY": None}
+    assert wait(GOMP_SPINCOUNT="7") == {"GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": None}
+    assert wait(OMP_WAIT_POLICY="active") == {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": "active"}
 
 
 def test_the_number_of_threads_is_restored():

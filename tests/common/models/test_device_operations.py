@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autoencoder
@@ -109,7 +110,7 @@ def test_a_checkpoint_of_another_precision_resumes(monkeypatch, tmp_path):
     """In float16 the loss is scaled, in bfloat16 it isn't: there is no state of a scaler."""
 
     def trainer(precision):
-        monkeypatch.setattr(training, "choose_precision", lambda _: precision)
+        monkeypatch.setattr(training, "choose_precision", lambda *_: precision)
         network = torch.nn.Linear(2, 2)
         trainer = Trainer(network, siamese.Config(), 10)
         trainer.optimizer_step(network(torch.ones(1, 2)).sum(), 0)
@@ -154,3 +155,17 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(embedder, capsys):
 def test_other_errors_of_a_network_are_not_taken_for_a_lack_of_memory(embedder):
     with pytest.raises(RuntimeError, match="must match the size"):
         embedder.embed_batch(np.zeros((2, SIDE, SIDE, 5), np.uint8))
+
+
+def test_one_photo_leaves_half_of_the_cores_to_others(embedder, monkeypatch):
+    used = []
+    monkeypatch.setattr(Embedder, "_compute", lambda _, images: used.append(torch.get_num_threads()) or np.ones((1, 3)))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            embedder.embed_images([Image.new("RGB", (64, 64))])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert used == [1, 1, 2]

@@ -230,7 +230,7 @@ def test_cache_keys_follow_versions_and_precision(new_embedder, monkeypatch):
     monkeypatch.setattr(preprocessing_module, "VERSION", "decoding 1, Pillow 99.0")
     keys.add(new_embedder().rows.key)
     for precision in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(module, "choose_precision", lambda device, precision=precision: precision)
+        monkeypatch.setattr(module, "choose_precision", lambda *_, precision=precision: precision)
         keys.add(new_embedder().rows.key)
     assert len(keys) == 3  # one of the two is the precision of this machine
 

@@ -22,6 +22,7 @@ class Config:
     learning_rate: float = 0.01
     weight_decay: float = 0.0
     seed: int = 0
+    precision: str = "auto"
     compile: bool = False
     resume: bool = False
 
