@@ -1,16 +1,19 @@
 """How fast are photos on disk embedded?  python -m benchmarks.embedding --data FOLDER
 
-Ours, in the device's fast precision, against what a user would pick instead, on the same photos, interleaved in one
-run, for each network:
+Ours, in the device's fast precision ("ours"), in float32, and on a CPU in OpenVINO in float32 and in 8 bits, against
+what a user would pick instead, on the same photos, interleaved in one run, for each network, and for the first one with
+photos of 12 megapixels too ("camera"; made from the others, larger and with noise):
 
 - plain_loop: a PyTorch DataLoader with a worker per core, torchvision's own transforms, float32, batches of 64
 - one_at_a_time: the same without a loader, photo by photo, as small "image to vector" packages do
 - onnx_runtime: the same DataLoader, and the network in ONNX Runtime, float32
 - limit: decoding alone and the network alone, each with all cores, one after the other; on a GPU the slower of the two
 
-All contenders are warm: networks are loaded and workers have started. A ratio above 1 means that ours is faster.
+All contenders are warm: networks are loaded and workers have started. A ratio above 1 means that ours is faster. With
+"fastest_rival" that rival is meant whose median is the lowest.
 """
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +39,13 @@ from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
 from common.parallel import parallel_map
 
+OURS = {  # precision and inference of an `Embedder`
+    "ours": ("auto", "torch"),
+    "ours_float32": ("float32", "torch"),
+    "ours_openvino": ("auto", "openvino"),
+    "ours_int8": ("auto", "int8"),
+}
+CAMERA = (4000, 3000)  # pixels
 SLOWER = {"resnet18": 2, "resnet50": 4}  # the number of photos is divided by this for slower networks
 BATCH = 64  # photos, of the plain loop
 
@@ -50,6 +60,7 @@ class Config:
     photos: Annotated[int, Range(1, 1e6)] = 512  # embedded in a round by each contender with the fastest network
     repeats: Annotated[int, Range(1, 1000)] = 3  # of each contender, after one to warm up
     networks: str = "squeezenet1_1 resnet18 resnet50"  # any classification networks of torchvision
+    camera_photos: Annotated[int, Range(0, 1e6)] = 96  # of 12 megapixels, embedded in a round with the first network
 
 
 class PlainDataset(Dataset):
@@ -124,14 +135,33 @@ def ours(embedder: Embedder, photos: Photos) -> np.ndarray:
     return np.concatenate([embeddings for _, embeddings in batches])
 
 
-def compare(name: str, photos: Photos, config: Config) -> tuple[dict[str, list[float]], float]:
+def camera_photos(photos: Photos, folder: Path) -> Photos:
+    """The photos as JPEGs of 12 megapixels in `folder`, enlarged, with the noise of a sensor."""
+
+    def enlarge(index: int) -> None:
+        with Image.open(photos.path(index)) as image:
+            large = np.asarray(image.convert("RGB").resize(CAMERA, Image.Resampling.BICUBIC), np.int16)
+        noise = np.random.default_rng(index).integers(-8, 9, large.shape, np.int16)
+        Image.fromarray((large + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=90)
+
+    for _ in parallel_map(enlarge, range(len(photos)), prefetch=2):
+        pass
+    return measure.sample(load_photos(folder, labelled=False), len(photos))
+
+
+def compare(name: str, photos: Photos, config: Config, label: str) -> tuple[dict[str, list[float]], float]:
     """Seconds of each contender in each round, and the lowest cosine between our embeddings and the plain loop's."""
     device = choose_device(config.device)
     torch.manual_seed(0)
     network, preprocessing, *_ = load_backbone(name, "none")
     plain = load_backbone(name, "none").network.to(device)
     plain.load_state_dict(network.state_dict())
-    embedder = Embedder(network, preprocessing, device)
+    kinds = OURS if device.type == "cpu" else {"ours": OURS["ours"], "ours_float32": OURS["ours_float32"]}
+    embedders = {
+        kind: Embedder(network, preprocessing, device, precision=precision, inference=inference, folder=photos.folder)
+        for kind, (precision, inference) in kinds.items()
+    }
+    embedder = embedders["ours"]
     transform = models.get_model_weights(name).DEFAULT.transforms()
     dataset = PlainDataset([photos.path(index) for index in range(len(photos))], transform)
     loader = DataLoader(dataset, BATCH, num_workers=torch.get_num_threads(), persistent_workers=True)
@@ -139,7 +169,7 @@ def compare(name: str, photos: Photos, config: Config) -> tuple[dict[str, list[f
     with onnx_session(plain.cpu(), preprocessing.crop) as session:
         plain.to(device)
         contenders = {
-            "ours": lambda: ours(embedder, photos),
+            **{kind: partial(ours, each, photos) for kind, each in embedders.items()},
             "plain_loop": lambda: embed_in_plain_loop(plain, loader, device),
             "one_at_a_time": lambda: embed_one_at_a_time(plain, dataset, device),
             "onnx_runtime": lambda: embed_with_onnx(session, loader),
@@ -148,7 +178,20 @@ def compare(name: str, photos: Photos, config: Config) -> tuple[dict[str, list[f
         }
         cosine = float((contenders["ours"]() * contenders["plain_loop"]()).sum(axis=1).min())
         print(f"ONNX Runtime runs {name} on {session.get_providers()[0]}")
-        return measure.interleaved(contenders, config.repeats, name), cosine
+        return measure.interleaved(contenders, config.repeats, label), cosine
+
+
+def ratios_of(label: str, seconds: dict[str, list[float]], on_cpu: bool) -> dict[str, measure.Ratio]:
+    """Ours against each rival and the limit, and the other kinds of ours against the fastest rival."""
+    alone = zip(seconds["decode_alone"], seconds["network_alone"], strict=True)
+    limit = [decode + network if on_cpu else max(decode, network) for decode, network in alone]
+    rivals = {name: each for name, each in seconds.items() if not name.endswith("_alone") and name not in OURS}
+    found = measure.ratios({"ours": seconds["ours"], **rivals, "limit": limit}, f"_{label}")
+    fastest = min(rivals.values(), key=statistics.median)
+    for kind in OURS.keys() & seconds.keys():
+        found |= measure.ratios({"ours": seconds[kind], "fastest_rival": fastest}, f"_{label}_{kind}")
+    found |= measure.ratios({"ours": seconds["ours"], "decode_alone": seconds["decode_alone"]}, f"_{label}")
+    return found
 
 
 def main(config: Config) -> None:
@@ -159,11 +202,14 @@ def main(config: Config) -> None:
     for name in config.networks.split():
         photos = measure.sample(everything, max(1, config.photos // SLOWER.get(name, 1)))
         counts[name] = len(photos)
-        seconds[name], cosines[name] = compare(name, photos, config)
-        alone = zip(seconds[name]["decode_alone"], seconds[name]["network_alone"], strict=True)
-        limit = [decode + network if device.type == "cpu" else max(decode, network) for decode, network in alone]
-        rivals = {rival: each for rival, each in seconds[name].items() if not rival.endswith("_alone")}
-        ratios |= measure.ratios({**rivals, "limit": limit}, f"_{name}")
+        seconds[name], cosines[name] = compare(name, photos, config, name)
+        ratios |= ratios_of(name, seconds[name], device.type == "cpu")
+    with TemporaryDirectory() as folder:
+        if config.camera_photos:
+            photos = camera_photos(measure.sample(everything, config.camera_photos), Path(folder))
+            counts["camera"] = len(photos)
+            seconds["camera"], cosines["camera"] = compare(config.networks.split()[0], photos, config, "camera")
+            ratios |= ratios_of("camera", seconds["camera"], device.type == "cpu")
     measure.write(
         "embedding",
         config,

@@ -6,6 +6,7 @@ first and the last convolution is quantized: pooling and heads stay in float32, 
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import shutil
@@ -55,8 +56,8 @@ class FromPixels(nn.Module):
 class CompiledNetwork:
     """uint8 [B, S, S, 3] -> float32 [B, D], on the calling thread and any number of them at a time."""
 
-    def __init__(self, openvino: ModuleType, model: Any, size: int) -> None:
-        self.core, self.model = openvino.Core(), model
+    def __init__(self, model: Any, size: int) -> None:
+        self.model = model
         self.idle: list[Any] = []  # copies that no thread uses
         self.probe = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
         self.expected: np.ndarray | None = None  # of the probe
@@ -73,7 +74,7 @@ class CompiledNetwork:
         return features
 
     def _copy(self) -> Any:
-        request = self.core.compile_model(self.model, "CPU", OPTIONS).create_infer_request()
+        request = _core().compile_model(self.model, "CPU", OPTIONS).create_infer_request()
         found = request.infer({0: self.probe})[0].copy()
         if self.expected is None:
             self.expected = found
@@ -96,7 +97,7 @@ def compile_network(
     kept = cache / hashlib.sha256(key.encode()).hexdigest()[:32] if cache and quantized_for else None
     if kept:
         with contextlib.suppress(RuntimeError, OSError):  # nothing there, or damaged
-            return CompiledNetwork(openvino, openvino.Core().read_model(kept / FILE), preprocessing.crop)
+            return CompiledNetwork(_core().read_model(kept / FILE), preprocessing.crop)
     model = _convert(openvino, FromPixels(network, preprocessing).eval(), preprocessing.crop)
     if quantized_for:
         model = _quantize(model, calibration_images(quantized_for, preprocessing))
@@ -106,7 +107,7 @@ def compile_network(
             temporary.mkdir()
             openvino.save_model(model, temporary / FILE, compress_to_fp16=False)
             (temporary / KEY).write_text(key, encoding="utf-8")
-    return CompiledNetwork(openvino, model, preprocessing.crop)
+    return CompiledNetwork(model, preprocessing.crop)
 
 
 def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray:
@@ -167,6 +168,12 @@ def _outside_convolutions(model: Any) -> list[str]:
         if name in before:
             before.update(sources[name])
     return [each.get_friendly_name() for each in operations if each.get_name() not in after & before]
+
+
+@functools.cache
+def _core() -> Any:
+    """One for the whole process: where two were freed, version 2026.4 crashed."""
+    return _require_silent("openvino")[0].Core()
 
 
 def _require_silent(*names: str) -> list[ModuleType]:
