@@ -13,7 +13,7 @@ In the search appearance counts little. No labels are used but those that the CN
 
 Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on two cores of an Intel Xeon in
 bfloat16: precision@5 0.960, instance_hit_rate@1_crop 0.858, recall@1 by dog breed 0.412 after 9 minutes of training;
-as it is the network has 0.944, 0.800 and 0.440. The PSNR is 25.0 dB, that of PCA (results/reference/autoencoder.json).
+the pre-trained network as it is has 0.944, 0.800 and 0.440 (results/reference/autoencoder.json). PSNR: 25.0 dB, as PCA.
 """
 
 import common  # noqa: F401, I001  # before torch, for its threads

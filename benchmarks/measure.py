@@ -2,8 +2,11 @@
 
 import dataclasses
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,18 @@ def interleaved(contenders: dict[str, Contender], repeats: int, label: str) -> d
             latest = ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items())
             print(f"{label}, round {number} of {repeats}: {latest}")
     return seconds
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Another program keeps a core busy meanwhile, in a session of its own, which Linux gives a share of its own."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    try:
+        time.sleep(PAUSE)
+        yield
+    finally:
+        other.kill()
+        other.wait()
 
 
 def spread(values: list[float]) -> Ratio:

@@ -1,7 +1,8 @@
 """How long does one query take?  python -m benchmarks.query_latency --data FOLDER --weights FILE
 
 From the bytes of a photo's file to its five neighbours, one photo at a time, against the sum of the parts measured
-alone: decoding, the network, the search. The ratio `limit` is that sum as a fraction of the whole.
+alone: decoding, the network, the search. The ratio `limit` is that sum as a fraction of the whole, and `busy` how many
+times as long the whole takes while another program keeps a core busy.
 """
 
 import time
@@ -56,11 +57,15 @@ def main(config: Config) -> None:
         "search": lambda query: knn.search(embeddings[query % len(files)], k),
     }
     taken: dict[str, list[np.ndarray]] = {name: [] for name in parts}
+    busy: list[np.ndarray] = []  # of the whole
     for _ in range(config.repeats):
         for name, part in parts.items():
             taken[name].append(milliseconds(part, config.queries))
+        with measure.busy_process():
+            busy.append(milliseconds(parts["whole"], config.queries))
     medians = {name: [float(np.median(one)) for one in rounds] for name, rounds in taken.items()}
     fractions = [sum(each) / whole for whole, *each in zip(*medians.values(), strict=True)]
+    beside = [float(np.median(one)) / alone for one, alone in zip(busy, medians["whole"], strict=True)]
     tails = [float(np.percentile(one, 99) / np.median(one)) for one in taken["whole"]]
     percentiles = {
         name: dict(zip(("p50", "p95", "p99"), np.percentile(rounds, [50, 95, 99]).tolist(), strict=True))
@@ -73,7 +78,7 @@ def main(config: Config) -> None:
         "query_latency",
         config,
         {"name": photos.name, "gallery": len(gallery), "dimension": embedder.dim},
-        {"limit": measure.spread(fractions)},
+        {"limit": measure.spread(fractions), "busy": measure.spread(beside)},
         {"milliseconds": percentiles, "p50_milliseconds_of_turns": medians, "p99_over_p50": measure.spread(tails)},
         embedder.device,
         embedder.precision,

@@ -3,6 +3,7 @@
 Epochs of siamese.py and autoencoder.py on decoded photos, in the device's fast precision, interleaved with
 
 - limit: the same epochs on random pixels that are ready in memory
+- busy: ours while another program keeps a core busy; the ratio is how many times as long that takes
 - plain_loop: what a tutorial would write, with the same network, loss and sizes of views: a DataLoader with a worker
   per core, torchvision's random transforms photo by photo, float32
 
@@ -164,6 +165,7 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
     decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
     return {
         "ours": lambda: seconds(decoded),
+        "busy": lambda: beside_another(lambda: seconds(decoded)),
         "limit": lambda: seconds(random),
         "plain_loop": plain_loop(network().to(run.device), views, loss_fn, own),
     }
@@ -202,6 +204,7 @@ def autoencoder_contenders(photos: Photos, config: Config, folder: str) -> dict[
     decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
     return {
         "ours": lambda: seconds(decoded),
+        "busy": lambda: beside_another(lambda: seconds(decoded)),
         "limit": lambda: seconds(random),
         "plain_loop": plain_loop(network().to(run.device), views, loss_fn, own),
     }
@@ -220,6 +223,12 @@ def decode_all(photos: Photos, preprocessing: Preprocessing, cache: Path | None)
         pass
     decoded.flush()
     return decoded
+
+
+def beside_another(seconds: Callable[[], float]) -> float:
+    """What it returns while another program keeps a core busy."""
+    with measure.busy_process():
+        return seconds()
 
 
 def main(config: Config) -> None:

@@ -25,11 +25,15 @@ CASES = {  # name: (arguments, ratios)
         {f"imagededup_{rival}_{part}" for rival in ("cnn", "phash") for part in ("files", "indexed")},
     ),
     "embedding": (
-        ("--photos", "8", "--networks", "squeezenet1_1 resnet18"),
+        ("--photos", "8", "--networks", "squeezenet1_1 resnet18", "--camera-photos", "2"),
         {
-            f"{side}_{name}"
-            for side in ("plain_loop", "one_at_a_time", "onnx_runtime", "limit")
-            for name in ("squeezenet1_1", "resnet18")
+            f"{side}_{name}{kind}"
+            for name in ("squeezenet1_1", "resnet18", "camera")
+            for side, kinds in {
+                **dict.fromkeys(("plain_loop", "one_at_a_time", "onnx_runtime", "limit", "decode_alone"), ("",)),
+                "fastest_rival": ("_ours", "_ours_float32", "_ours_openvino", "_ours_int8"),
+            }.items()
+            for kind in kinds
         },
     ),
     "engines": (
@@ -49,14 +53,14 @@ CASES = {  # name: (arguments, ratios)
             for mode in ("top5", "top100", "one")
         },
     ),
-    "query_latency": (("--weights", "none", "--queries", "5", "--cache", "none"), {"limit"}),
+    "query_latency": (("--weights", "none", "--queries", "5", "--cache", "none"), {"limit", "busy"}),
     "scaling": (
         ("--weights", "none", "--sizes", "200 400"),
         {"linear_build_400", "linear_search_400", "linear_latency_400"},
     ),
     "training": (
         ("--photos", "16"),
-        {"limit_siamese", "limit_autoencoder", "plain_loop_siamese", "plain_loop_autoencoder"},
+        {f"{side}_{name}" for side in ("limit", "busy", "plain_loop") for name in ("siamese", "autoencoder")},
     ),
 }
 

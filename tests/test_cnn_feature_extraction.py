@@ -220,3 +220,20 @@ def test_one_class_is_searched_but_not_fine_tuned(run_script, synthetic_photos, 
     assert ended.returncode == 2
     assert "has one class only, but fine-tuning learns to tell classes apart" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_quantized_network_goes_through_the_whole_protocol(run_script, synthetic_photos, tmp_path):
+    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *SMALL, "--epochs", "1", "--inference", "int8")
+    assert ended.returncode == 0, ended.stderr
+    result = read(tmp_path)
+    assert result["config"]["inference"] == "int8"
+    assert result["environment"]["precision"] == "int8"
+    in_float = ("--resume", "--inference", "torch", "--precision", "float32")
+    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *SMALL, "--epochs", "1", *in_float)
+    assert ended.returncode == 0, ended.stderr
+    again = read(tmp_path)
+    assert again["environment"]["precision"] == "float32"
+    assert again["history"] == result["history"]  # the same network
+    for name in ("precision@5", "instance_hit_rate@1"):
+        assert result["metrics"][name]["value"] == pytest.approx(again["metrics"][name]["value"], abs=0.15)
+    assert result["metrics"] != again["metrics"]

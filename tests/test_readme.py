@@ -1,6 +1,7 @@
 """What README.md and the pages in docs/ say is what the repository does."""
 
 import json
+import operator
 import re
 import statistics
 from importlib import import_module
@@ -123,6 +124,31 @@ def test_the_speeds_are_those_of_the_benchmarks():
     faiss = measured("exact_search")["ratios"]["faiss_18000_top5"]["median"]
     assert f"{faiss:.1f} times as fast as faiss" in on_one_line(README)
     assert f"takes {latency['p50']:.1f} ms" in on_one_line(README)
+
+
+def test_inference_is_as_measured():
+    embedding = measured("embedding", "reference/avx2")
+    kinds = "ours", "ours_openvino", "ours_int8"
+    for network in ("squeezenet1_1", "resnet18", "resnet50", "camera"):
+        ratios = [embedding["ratios"][f"fastest_rival_{network}_{kind}"] for kind in kinds]
+        cells = [f"{each['median']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in ratios]
+        name = "squeezenet1_1, photos of 12 megapixels" if network == "camera" else network
+        assert f"| {name} | {' | '.join(cells)} |" in PERFORMANCE
+    gains = []
+    for network in ("squeezenet1_1", "resnet18", "resnet50"):
+        rounds = embedding["seconds"][network]
+        gains.append(statistics.median(map(operator.truediv, rounds["ours"], rounds["ours_int8"])))
+    assert f"{min(gains):.1f} to {max(gains):.1f} times as many photos/s" in on_one_line(README)
+
+    path = ROOT / "results" / "reference" / "avx2" / "cnn_feature_extraction.int8.json"
+    quantized, siamese = json.loads(path.read_text(encoding="utf-8")), REFERENCE["siamese"]
+    assert quantized["config"]["inference"] == quantized["environment"]["precision"] == "int8"
+    for name, result, of in (("torch", siamese, "pretrained"), ("OpenVINO, 8 bits", quantized, None)):
+        scores = [result, result["also"]["dogs"], result["also"]["cats"]]
+        own, dogs, cats = (each["baselines"][of] if of else each["metrics"] for each in scores)
+        own = [own[each] for each in ("precision@5", "instance_hit_rate@1", "instance_hit_rate@1_crop")]
+        cells = [f"{each['value']:.3f}" for each in (*own, dogs["hit_rate@1"], cats["hit_rate@1"])]
+        assert f"| {name} | {' | '.join(cells)} |" in PERFORMANCE
 
 
 def test_the_search_for_copies_is_as_measured():

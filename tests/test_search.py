@@ -147,6 +147,23 @@ def test_a_vector_database_searches_one_class(run_script, trained, synthetic_pho
     assert found == expected
 
 
+@pytest.mark.parametrize("approach", ["siamese", "autoencoder"])
+def test_in_openvino_the_same_photos_are_found(run_script, trained, synthetic_photos, tmp_path, approach):
+    """In float32 with the same similarities, in 8 bits with nearly the same."""
+    photo = sorted((synthetic_photos / "dog").iterdir())[7]
+    found = {}
+    for inference in ("torch", "openvino", "int8"):
+        flags = "--approach", approach, "--results", str(trained), "--inference", inference
+        ended = run_script("search.py", str(photo), *flags, "--index", str(synthetic_photos), "--k", "3")
+        assert ended.returncode == 0, ended.stderr
+        assert "Traceback" not in ended.stderr
+        rows = [line.split() for line in ended.stdout.splitlines() if line[:4].strip().isdecimal()]
+        found[inference] = {row[-1]: float(row[1]) for row in rows}
+        assert len(rows) == 3
+    assert found["openvino"] == pytest.approx(found["torch"], abs=2e-3)
+    assert sorted(found["int8"].values()) == pytest.approx(sorted(found["torch"].values()), abs=0.05)
+
+
 def test_queries_are_checked_before_the_index(run_script, trained, synthetic_photos, tmp_path):
     index = ("--results", str(trained), "--index", str(synthetic_photos), "--approach", "siamese")
     (tmp_path / "broken.jpg").write_text("no photo")
