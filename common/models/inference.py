@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -97,6 +98,7 @@ def compile_network(
     kept = cache / hashlib.sha256(key.encode()).hexdigest()[:32] if cache and quantized_for else None
     if kept:
         with contextlib.suppress(RuntimeError, OSError):  # nothing there, or damaged
+            os.utime(kept / KEY)  # what was not used for longest makes room first
             return CompiledNetwork(_core().read_model(kept / FILE), preprocessing.crop)
     model = _convert(openvino, FromPixels(network, preprocessing).eval(), preprocessing.crop)
     if quantized_for:
