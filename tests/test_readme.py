@@ -108,9 +108,13 @@ def test_the_speeds_are_those_of_the_benchmarks():
     for start, (benchmark, ratio) in SPEEDS.items():
         values = measured(benchmark)["ratios"][ratio]
         assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in PERFORMANCE
-    for ratio in ("faiss_18000_top5", "faiss_18000_top100"):
-        values = measured("exact_search", "reference/avx2")["ratios"][ratio]
+    exact, latency = (measured(name, "reference/avx2") for name in ("exact_search", "query_latency"))
+    ratios = [exact["ratios"][f"faiss_18000_{mode}"] for mode in ("top5", "top100", "one")]
+    for values in (*ratios, exact["ratios"]["scikit_learn_18000_top5"], latency["ratios"]["busy"]):
         assert f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})" in PERFORMANCE
+    assert "takes {p50:.1f} ms there (p99 {p99:.1f} ms)".format(**latency["milliseconds"]["whole"]) in on_one_line(
+        PERFORMANCE
+    )
     latency = measured("query_latency")["milliseconds"]["whole"]
     text = on_one_line(PERFORMANCE)
     gallery = measured("query_latency")["dataset"]["gallery"]
