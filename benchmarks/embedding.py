@@ -8,9 +8,10 @@ photos of 12 megapixels too ("camera"; made from the others, larger and with noi
 - one_at_a_time: the same without a loader, photo by photo, as small "image to vector" packages do
 - onnx_runtime: the same DataLoader, and the network in ONNX Runtime, float32
 - limit: decoding alone and the network alone, each with all cores, one after the other; on a GPU the slower of the two
+- decode_alone: decoding alone, at the fraction of the size that the network needs
 
-All contenders are warm: networks are loaded and workers have started. A ratio above 1 means that ours is faster. With
-"fastest_rival" that rival is meant whose median is the lowest.
+All contenders are warm: networks are loaded and workers have started. A ratio above 1 means that ours is faster.
+"fastest_rival" is the rival whose median is the lowest.
 """
 
 import statistics
@@ -188,7 +189,7 @@ def ratios_of(label: str, seconds: dict[str, list[float]], on_cpu: bool) -> dict
     rivals = {name: each for name, each in seconds.items() if not name.endswith("_alone") and name not in OURS}
     found = measure.ratios({"ours": seconds["ours"], **rivals, "limit": limit}, f"_{label}")
     fastest = min(rivals.values(), key=statistics.median)
-    for kind in OURS.keys() & seconds.keys():
+    for kind in filter(seconds.__contains__, OURS):
         found |= measure.ratios({"ours": seconds[kind], "fastest_rival": fastest}, f"_{label}_{kind}")
     found |= measure.ratios({"ours": seconds["ours"], "decode_alone": seconds["decode_alone"]}, f"_{label}")
     return found

@@ -83,7 +83,7 @@ def interleaved(contenders: dict[str, Contender], repeats: int, label: str) -> d
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """Another program keeps a core busy meanwhile, in a session of its own, which Linux gives a share of its own."""
+    """Another program keeps a core busy meanwhile, in a session of its own, as Linux divides cores by session."""
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
     try:
         time.sleep(PAUSE)

@@ -29,10 +29,10 @@ from common.extras import require
 from common.models.preprocessing import Preprocessing
 from common.storage import atomic_write
 
-NUM_CALIBRATION = 64  # photos; 300 gave the same embeddings
+NUM_CALIBRATION = 64  # photos; 300 gave no better ones
 FILE = "network.xml"  # and the weights beside it, .bin
 # A copy of the network for each thread that calls it: with several streams of one, in version 2026.4, those in 8 bits
-# computed something else at random. Pinned to cores, all copies would share the first one.
+# computed something else at random. Pinned to cores, all copies would run on the first one.
 OPTIONS = {
     "NUM_STREAMS": 1,
     "INFERENCE_NUM_THREADS": 1,
@@ -98,7 +98,7 @@ def compile_network(
     kept = cache / hashlib.sha256(key.encode()).hexdigest()[:32] if cache and quantized_for else None
     if kept:
         with contextlib.suppress(RuntimeError, OSError):  # nothing there, or damaged
-            os.utime(kept / KEY)  # what was not used for longest makes room first
+            os.utime(kept / KEY)  # its last use
             return CompiledNetwork(_core().read_model(kept / FILE), preprocessing.crop)
     model = _convert(openvino, FromPixels(network, preprocessing).eval(), preprocessing.crop)
     if quantized_for:

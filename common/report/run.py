@@ -204,8 +204,8 @@ class Run(Generic[ConfigT]):
 
         `inference`: see `EngineConfig`; for a network that is not trained further.
         """
-        shared = self.device, self.config.embed_batch_size, self.cache, decoded, self.approach, self.config.precision
-        return Embedder(network, decoded.preprocessing, *shared, inference, self.folder)
+        options = self.device, self.config.embed_batch_size, self.cache, decoded, self.approach, self.config.precision
+        return Embedder(network, decoded.preprocessing, *options, inference, self.folder)
 
     def evaluate(self, embedder: Embedder, split: Split) -> Evaluation:
         """By the protocol that all approaches share. Of several processes the first one scores; the others end here."""

@@ -48,11 +48,11 @@ UNIT_TOLERANCE = 8 * FLOAT32_EPSILON  # of the length of a vector that has been 
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
-    """float32 [N, D], each row scaled to length 1; a row of zeros stays. `vectors` themselves where all are so already.
+    """float32 [N, D], contiguous, each row scaled to length 1; a row of zeros stays. `vectors` themselves where they are.
 
     Raises ValueError for NaN and infinity.
     """
-    vectors = np.asarray(vectors, np.float32)
+    vectors = np.ascontiguousarray(vectors, np.float32)  # torch takes no negative strides, faiss none at all
     starts = range(0, len(vectors), GALLERY_BLOCK)  # a norm makes a copy of what it is given
     parts = [np.linalg.norm(vectors[start : start + GALLERY_BLOCK], axis=1, keepdims=True) for start in starts]
     lengths = np.concatenate([np.ones((0, 1), np.float32), *parts])

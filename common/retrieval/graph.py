@@ -103,7 +103,6 @@ class GraphKNN(ApproximateKNN):
         wanted = min(max(k, self.depth) if self.code == "int8" else k, index.ntotal)
         similarities, nearest = self._buffers(len(queries), min(ENTRIES, entries.ntotal))
         parameters = self.faiss.SearchParametersHNSW(efSearch=nearest.shape[1])
-        queries = np.ascontiguousarray(queries)
         arguments = len(queries), self.faiss.swig_ptr(queries)
         # Not `search`: another package may have replaced it by faiss.contrib.torch_utils, which takes no parameters.
         entries.search_c(*arguments, nearest.shape[1], *map(self.faiss.swig_ptr, (similarities, nearest)), parameters)

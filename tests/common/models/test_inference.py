@@ -65,7 +65,7 @@ def test_embeddings_in_8_bits_are_near_those_of_torch(images, new_embedder):
 
 
 @pytest.mark.parametrize("kind", ["openvino", "int8"])
-def test_threads_share_a_network(images, new_embedder, kind):
+def test_several_threads_use_a_network(images, new_embedder, kind):
     ours = new_embedder(kind)
     expected = ours.embed_batch(images)
     with ThreadPoolExecutor(6) as pool:
@@ -82,7 +82,7 @@ def test_a_copy_that_computes_something_else_is_refused(new_embedder):
         compiled(np.zeros((1, 64, 64, 3), np.uint8))
 
 
-def test_a_quantized_network_is_kept_and_a_damaged_one_made_anew(new_embedder, images, tmp_path, monkeypatch):
+def test_a_quantized_network_is_kept_and_a_damaged_one_made_again(new_embedder, images, tmp_path, monkeypatch):
     expected = new_embedder("int8", cache=tmp_path / "cache").embed_batch(images)
     (file,) = (tmp_path / "cache").rglob(inference.FILE)
     assert (file.parent / "key.txt").read_text().startswith("network, ")

@@ -116,9 +116,10 @@ def test_a_mask_does_not_reset_the_depth(vectors, tmp_path):
     assert masked.measure_recall(vectors[2000:], k=10) > 0.999
 
 
-def test_queries_may_be_a_view_with_strides(vectors, tmp_path):
-    index = GraphKNN(vectors[:500], ids(500), tmp_path)
-    assert index.search(vectors[:20:2], 1)[1].ravel().tolist() == list(range(0, 20, 2))
+def test_arrays_may_be_views_with_strides(vectors, tmp_path):
+    for index in (CosineKNN(vectors[499::-1]), GraphKNN(vectors[499::-1], ids(500), tmp_path)):
+        assert index.search(vectors[:20:2], 1)[1].ravel().tolist() == list(range(499, 479, -2))
+        assert index.search(vectors[19::-1], 1)[1].ravel().tolist() == list(range(480, 500))
 
 
 def test_byte_identical_photos_are_all_found(vectors, tmp_path):
