@@ -48,7 +48,7 @@ UNIT_TOLERANCE = 8 * FLOAT32_EPSILON  # of the length of a vector that has been 
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
-    """float32 [N, D], contiguous, each row scaled to length 1; a row of zeros stays. `vectors` themselves where they are.
+    """float32 [N, D], contiguous, each row of length 1; a row of zeros stays. `vectors` themselves where they are that.
 
     Raises ValueError for NaN and infinity.
     """
