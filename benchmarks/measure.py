@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_info
 
 from cnn_feature_extraction import Config as FeatureConfig
 from common.config import UserError, hyperparameters
@@ -31,6 +32,7 @@ from common.retrieval.exact import normalize
 from common.storage import atomic_write, cache_folder
 
 PAUSE = 0.2  # seconds before each contender, in which the threads of the one before go to sleep
+RIVALS = ("faiss", "imagededup", "onnxruntime", "openvino", "pymilvus", "sklearn", "usearch")  # modules
 NOISE = 0.5  # length of the noise added to a unit vector to make another one
 
 Contender = Callable[[], object]  # may return the seconds it took, without its preparation
@@ -169,6 +171,17 @@ def gallery_of(size: int, embeddings: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)
 
 
+def describe_libraries() -> dict[str, Any]:
+    """Versions of the rivals that were loaded, and the kernels that each BLAS library and torch chose for this CPU."""
+    loaded = {name: getattr(sys.modules[name], "__version__", None) for name in RIVALS if name in sys.modules}
+    blas = [info for info in threadpool_info() if info["user_api"] == "blas"]
+    kernels = {
+        Path(info["filepath"]).parent.name: f"{info['internal_api']} {info['version']}, {info.get('architecture')}"
+        for info in blas
+    }
+    return {"rivals": loaded, "blas_kernels": kernels | {"torch": torch.backends.cpu.get_cpu_capability()}}
+
+
 def write(
     name: str,
     config: Any,
@@ -186,7 +199,8 @@ def write(
     for ratio, values in results.items():
         print(f"{ratio:32} {values['median']:8.2f}   ({values['low']:.2f} to {values['high']:.2f})")
     result = {"schema": 1, "benchmark": name, "config": hyperparameters(config), "dataset": dataset, "ratios": results}
-    result |= {**measured, "environment": describe_environment(device, precision, current_commit())}
+    environment = describe_environment(device, precision, current_commit()) | describe_libraries()
+    result |= {**measured, "environment": environment}
     path = Path(config.results) / f"benchmark_{name}.json"
     with atomic_write(path.with_suffix(".png")) as temporary:
         (draw or (lambda file: draw_ratios(file, name, results)))(temporary)

@@ -1,12 +1,12 @@
 """How does the page cope with several users at once?  python -m benchmarks.page --results results
 
 Serves the page of app.py, in a process of its own, with the checkpoints in `results`. Clients upload photos and wait
-for the results, as browsers do, each as fast as they come. The ratio `limit` is the page's searches per second as a
-fraction of those of the search engine itself, called directly, one query at a time.
+for the results, as browsers do, each as fast as they come. The limit is the search engine itself, called directly: the
+ratio `limit` compares searches per second, from as many threads as clients, `limit_alone` the median times of
+a single client. What they lack to 1 is the page's own part: uploads, events, thumbnails.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +28,7 @@ from common.report.plots import load_pyplot
 
 NUM_PHOTOS = 50  # distinct queries
 START_SECONDS = 120  # that the page may take to start
+SHARE = 1 / 6  # of the time, for each of the other measurements
 
 
 @dataclass
@@ -66,17 +67,42 @@ def search(address: str, photo: bytes, approach: str) -> None:
         raise RuntimeError(events[:200])
 
 
-def search_for(seconds: float, search_with: Callable[[int], None], first: int) -> tuple[list[float], list[str]]:
-    """Milliseconds of each search within `seconds`, one after the other, and the errors."""
-    durations, errors = [], []
-    until = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < until:
-        try:
-            search_with(first + len(durations) + len(errors))
-            durations.append(1000 * (time.perf_counter() - started))
-        except Exception as error:  # counted and reported, whatever it is
-            errors.append(repr(error))
-    return durations, errors
+@dataclass
+class Load:
+    """What clients saw, each of which searches as soon as it has an answer."""
+
+    durations: list[float]  # milliseconds of each search
+    errors: list[str]
+    per_second: float
+
+    @property
+    def percentiles(self) -> dict[str, float]:
+        """Milliseconds, of p50, p95 and p99."""
+        names = ("p50", "p95", "p99")
+        return dict(zip(names, np.percentile(self.durations, [50, 95, 99]).tolist(), strict=True))
+
+
+def search_for(seconds: float, search_with: Callable[[int], object], clients: int) -> Load:
+    """So many clients call `search_with`, each one after the other, for `seconds`; raises `UserError` if all fail."""
+
+    def client(first: int) -> tuple[list[float], list[str]]:
+        durations, errors = [], []
+        while (started := time.perf_counter()) < until:
+            try:
+                search_with(first + len(durations) + len(errors))
+                durations.append(1000 * (time.perf_counter() - started))
+            except Exception as error:  # counted and reported, whatever it is
+                errors.append(repr(error))
+        return durations, errors
+
+    begun = time.perf_counter()
+    until = begun + seconds
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(client, range(clients)))
+    durations, errors = ([value for each in part for value in each] for part in zip(*answers, strict=True))
+    if not durations:
+        raise UserError(f"no search succeeded: {errors[0]}")
+    return Load(durations, errors, len(durations) / (time.perf_counter() - begun))
 
 
 def serve(config: Config) -> subprocess.Popen:
@@ -106,47 +132,51 @@ def main(config: Config) -> None:
     photos = [engine.gallery.path(index).read_bytes() for index in chosen]
     served = serve(config)
     address = f"http://127.0.0.1:{config.port}/gradio_api"
+    part = config.seconds * SHARE
+
+    def search_page(count: int) -> None:
+        search(address, photos[count % len(photos)], engine.approach)
+
+    def search_directly(count: int) -> None:
+        engine.search(photos[count % len(photos)], 10)
+
     try:
-
-        def client(number: int) -> tuple[list[float], list[str]]:
-            return search_for(
-                config.seconds, lambda count: search(address, photos[count % len(photos)], engine.approach), number
-            )
-
-        search(address, photos[0], engine.approach)  # the first is slow
-        started = time.perf_counter()
-        with ThreadPoolExecutor(config.clients) as pool:
-            answers = list(pool.map(client, range(config.clients)))
-        per_second = sum(len(durations) for durations, _ in answers) / (time.perf_counter() - started)
+        search_page(0)  # the first is slow
+        alone = search_for(part, search_page, 1)
+        together = search_for(config.seconds, search_page, config.clients)
     finally:
         served.terminate()
         served.wait()
-    results = [engine.search(photo, 10) for photo in photos for _ in range(4)]
-    direct = [sum(result.milliseconds.values()) for result in results]
-    durations, errors = ([value for each in part for value in each] for part in zip(*answers, strict=True))
-    if not durations:
-        raise UserError(f"no search succeeded: {errors[0]}")
-    percentiles = dict(zip(("p50", "p95", "p99"), np.percentile(durations, [50, 95, 99]).tolist(), strict=True))
+    search_directly(0)
+    direct_alone = search_for(part, search_directly, 1)
+    direct = search_for(part, search_directly, config.clients)
+    percentiles = together.percentiles
     print(
-        f"{config.clients} clients for {config.seconds} s: {len(durations)} searches, {len(errors)} errors, "
-        f"p50 {percentiles['p50']:.0f} ms, p95 {percentiles['p95']:.0f} ms"
+        f"{config.clients} clients for {config.seconds} s: {len(together.durations)} searches, "
+        f"{len(together.errors)} errors, p50 {percentiles['p50']:.0f} ms, p95 {percentiles['p95']:.0f} ms; "
+        f"one alone p50 {alone.percentiles['p50']:.0f} ms"
     )
-    fraction = per_second * statistics.median(direct) / 1000
+    limits = {
+        "limit": together.per_second / direct.per_second,
+        "limit_alone": direct_alone.percentiles["p50"] / alone.percentiles["p50"],
+    }
     measure.write(
         "page",
         config,
         {"name": engine.gallery.name, "gallery": len(engine.gallery)},
-        {"limit": {"median": fraction, "low": fraction, "high": fraction}},
+        {name: measure.spread([limit]) for name, limit in limits.items()},
         {
-            "searches": len(durations),
-            "errors": errors,
-            "searches_per_second": per_second,
+            "searches": len(together.durations),
+            "errors": together.errors + alone.errors,
+            "searches_per_second": together.per_second,
             "milliseconds": percentiles,
-            "milliseconds_of_the_search_itself": measure.spread(direct),
+            "milliseconds_alone": alone.percentiles,
+            "searches_per_second_directly": direct.per_second,
+            "milliseconds_directly_alone": direct_alone.percentiles,
         },
         engine.embedder.device,
         engine.embedder.precision,
-        lambda file: draw(file, durations, percentiles, config),
+        lambda file: draw(file, together.durations, percentiles, config),
     )
 
 

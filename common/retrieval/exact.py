@@ -1,4 +1,4 @@
-"""Exact k nearest neighbours by cosine similarity, on the CPU.
+"""Exact k nearest neighbours by cosine similarity.
 
 The ranking is that of a float64 brute force over the unit vectors, ties going to the lower index, at about the cost of
 one 16-bit matrix product. The gallery is scanned block by block, and the k best so far are kept for each query:
@@ -13,7 +13,8 @@ one 16-bit matrix product. The gallery is scanned block by block, and the k best
 5. Merge. They join the k best so far. Those nearer to each other than float32 can tell apart are compared in float64
    (`_merge`).
 
-Where float32 is faster, the rough product is in float32; the other steps are the same.
+Where float32 is faster, the rough product is in float32; the other steps are the same. Of many queries, steps 1 and 3
+are computed on the GPU, if there is one: the gallery goes there block by block, so it may be larger than its memory.
 """
 
 import functools
@@ -33,6 +34,7 @@ from common.retrieval.rough import (
     bound_errors,
     choose_rough_precision,
     find_candidates,
+    find_candidates_on_gpu,
     rough_product,
     round_vectors,
     rounding_errors,
@@ -44,6 +46,7 @@ QUERY_BLOCK = 256  # queries compared with them at a time, by one core
 MAX_PRECISE = 4096  # candidates of one query that are compared in float64
 FEW_QUERIES = 32  # with which a block may be so many times larger, divided by their number
 RANK_BLOCK = 1 << 20  # similarities ranked at a time, by one core
+CPU = torch.device("cpu")
 UNIT_TOLERANCE = 8 * FLOAT32_EPSILON  # of the length of a vector that has been normalized
 
 
@@ -66,12 +69,16 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 class CosineKNN:
     """Compares queries with every embedding of a gallery; beyond the gallery and a rounded copy, memory is bounded."""
 
-    def __init__(self, gallery: np.ndarray | StoredRows) -> None:
-        """`gallery`: float [N, D], N > 0, finite; normalized here, but for rows on disk, which must be unit vectors."""
+    def __init__(self, gallery: np.ndarray | StoredRows, device: torch.device = CPU) -> None:
+        """`gallery`: float [N, D], N > 0, finite; normalized here, but for rows on disk, which must be unit vectors.
+
+        `device`: compares many queries at once, if it is a CUDA GPU.
+        """
         if len(gallery.shape) != 2 or not len(gallery):
             raise ValueError(f"a gallery is an array [N, D] with N > 0, not {gallery.shape}")
         _silence_sparse_warning()
         self.gallery = gallery if isinstance(gallery, StoredRows) else normalize(gallery)
+        self.gpu = device if device.type == "cuda" else None
         self.has_searched = False  # the gallery is rounded for the second single query: for one it would take longer
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +155,10 @@ class CosineKNN:
         rough_queries, rough_block = torch.from_numpy(queries), torch.from_numpy(block)
         query_errors, block_error = np.zeros((len(queries), 1), np.float32), 0.0
         in_memory = isinstance(self.gallery, np.ndarray)
-        if choose_rough_precision(len(queries), in_memory and self.has_searched) == torch.bfloat16:
+        on_gpu = self.gpu is not None and len(queries) >= MANY_QUERIES
+        if on_gpu:  # in float32: 16 bits are summed with an error that no bound is published for
+            rough_queries, rough_block = rough_queries.to(self.gpu), rough_block.to(self.gpu)
+        elif choose_rough_precision(len(queries), in_memory and self.has_searched) == torch.bfloat16:
             query_errors, rough_queries = rounding_errors(rough_queries), rough_queries.bfloat16()
             if in_memory:
                 rough_block, block_error = self._rounded[0][part], self._rounded[1]
@@ -161,7 +171,8 @@ class CosineKNN:
             scores = rough_product(rough_queries[rows], rough_block)
             row = np.flatnonzero((excluded_column[rows] >= 0) & (excluded_column[rows] < len(block)))
             excluded = row, excluded_column[rows][row]
-            row, column = find_candidates(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
+            find = find_candidates_on_gpu if on_gpu else find_candidates
+            row, column = find(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
             if len(queries) == 1 and len(column) <= MAX_PRECISE:
                 ranked, index = self._merge_precisely(queries[0], indices[0], column + part.start)
                 similarities[0, : len(index)], indices[0, : len(index)] = ranked, index

@@ -33,7 +33,7 @@ def build_index(photos: Photos, embedder: Embedder, config: EngineConfig, only: 
     """
     chosen = photos_of_class(photos, only)
     if config.engine == "exact":
-        return CosineKNN(embedder.embed_photos(chosen))
+        return CosineKNN(embedder.embed_photos(chosen), embedder.device)
     if config.engine == "milvus":
         return MilvusKNN(photos, embedder, config, only)
     kept, name = embedder.rows.folder, "graphs"

@@ -113,7 +113,8 @@ def score_baseline(
 def score_photos(embedder: Embedder, test: TestSet) -> Values:
     """The class metrics of a test set."""
     queries = embedder.embed_photos(test.queries, "embedding the queries")
-    return score_classes(CosineKNN(embedder.embed_photos(test.gallery, "embedding the gallery")), queries, test)
+    gallery = embedder.embed_photos(test.gallery, "embedding the gallery")
+    return score_classes(CosineKNN(gallery, embedder.device), queries, test)
 
 
 def score_classes(
@@ -167,7 +168,7 @@ def score_instances(embedder: Embedder, test: TestSet, seed: int) -> Values:
     searched = np.concatenate([part.sha256 for part in test.parts])
     _, identity = np.unique(np.concatenate([searched, chosen.sha256]), return_inverse=True)
     identity, wanted = np.split(identity, [len(searched)])
-    knn = CosineKNN(np.concatenate([embedder.embed_photos(part) for part in test.parts]))
+    knn = CosineKNN(np.concatenate([embedder.embed_photos(part) for part in test.parts]), embedder.device)
     ranks = {}
     for kind in distortions.KINDS:
         copies = embed_copies(embedder, chosen, kind, seed)

@@ -62,6 +62,37 @@ def test_rounding_before_the_search_changes_no_neighbour(monkeypatch, precision,
 
 @pytest.mark.parametrize("block", [64, 4096])
 @pytest.mark.parametrize("center", [1.0, 0.0, -1.0])
+def test_the_steps_of_a_gpu_change_no_neighbour(monkeypatch, block, center):
+    monkeypatch.setattr(exact, "GALLERY_BLOCK", block)
+    steps = []
+    monkeypatch.setattr(exact, "find_candidates", lambda *_: pytest.fail("not on the GPU"))
+    on_gpu = exact.find_candidates_on_gpu
+    monkeypatch.setattr(exact, "find_candidates_on_gpu", lambda *given: steps.append(1) or on_gpu(*given))
+    rng = np.random.default_rng(6)
+    gallery, queries = rng.normal(size=(3000, 32)) + 1, rng.normal(size=(300, 32)) + center
+    gallery[1000:1500] = gallery[0] + 1e-4 * gallery[1000:1500]
+    gallery[2000:2010] = queries[0] = gallery[0]
+    index = CosineKNN(gallery)
+    index.gpu = torch.device("cpu")  # computes what the card would
+    own = rng.integers(-1, 3000, 300)
+    similarities, indices = index.search(queries, 100, own)
+    assert steps
+    for query, excluded, found, neighbours in zip(queries, own, similarities, indices, strict=True):
+        rest = np.delete(np.arange(3000), excluded) if excluded >= 0 else np.arange(3000)
+        expected, expected_indices = brute_force(gallery[rest], query[None], 100)
+        assert neighbours.tolist() == rest[expected_indices[0]].tolist()
+        assert found == pytest.approx(expected[0], abs=1e-6)
+
+
+def test_only_a_cuda_gpu_compares_queries():
+    gallery = np.eye(3)
+    assert CosineKNN(gallery).gpu is None
+    assert CosineKNN(gallery, torch.device("mps")).gpu is None
+    assert CosineKNN(gallery, torch.device("cuda:1")).gpu == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+@pytest.mark.parametrize("center", [1.0, 0.0, -1.0])
 def test_one_query_after_another_finds_what_all_at_once_find(monkeypatch, block, center):
     monkeypatch.setattr(exact, "GALLERY_BLOCK", block)
     monkeypatch.setattr(exact, "FEW_QUERIES", 2)
