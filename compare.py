@@ -34,7 +34,9 @@ from common.report.comparison import (
     ties,
 )
 from common.report.comparison_plot import BASELINES, draw_comparison, remarks
+from common.report.environment import current_commit, source_of
 from common.report.maps import draw_map
+from common.report.pictures import stamp
 from common.retrieval.loading import load_available, load_embedder
 from common.retrieval.protocol import raw_pixel_embedder
 from common.storage import atomic_write, cache_folder, report_unwritable
@@ -184,7 +186,8 @@ def map_of(approach: str, config: Config) -> Image.Image:
     queries = load_split(Path(checkpoint.folder), checkpoint.queries, split, seed, [baseline], labelled).test.queries
     shown = np.linspace(0, len(queries) - 1, min(config.map_photos, len(queries))).astype(int)
     heading = f"{approach}: queries with similar embeddings lie together"
-    return draw_map(heading, embedder, queries.subset(np.unique(shown)), config.seed)
+    picture = draw_map(heading, embedder, queries.subset(np.unique(shown)), config.seed)
+    return stamp(picture, source_of(queries.name, checkpoint.model, current_commit()))
 
 
 def main(config: Config) -> None:

@@ -32,7 +32,7 @@ from common.models.embedder import Embedder
 from common.report.copies import report_copies
 from common.report.pictures import MAX_RESULTS, THUMBNAIL, Tile, draw_rows, search_row
 from common.retrieval.duplicates import SMALL, find_copies
-from common.retrieval.engine import SearchEngine, SearchResult
+from common.retrieval.engine import WHOLE, Query, SearchEngine, SearchResult
 from common.retrieval.loading import (
     PRETRAINED,
     available_approaches,
@@ -161,7 +161,7 @@ def search_photos(engine: SearchEngine, queries: dict[str, bytes | None], k: int
         try:
             data = content or Path(name).read_bytes()
             drawn = MAX_RESULTS if len(rows) < MAX_ROWS else 0
-            result = engine.search_and_show(data, k, THUMBNAIL, limit=drawn)
+            result = engine.search_and_show(Query([(data, WHOLE)]), k, THUMBNAIL, limit=drawn)
             print_results(engine, name, result)
             if drawn:
                 rows.append(search_row(engine, Path(name).name, result))
@@ -170,6 +170,9 @@ def search_photos(engine: SearchEngine, queries: dict[str, bytes | None], k: int
             print(f"error: {name}: {error}", file=sys.stderr)
     if rows:
         subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"
+        if len(rows) < len(queries):
+            subheading += f"  |  {len(rows)} of {len(queries)} queries"
+            subheading += f", {len(unusable)} can't be used" if unusable else ""
         with report_unwritable():
             with atomic_write(picture) as temporary:
                 draw_rows("search", subheading, rows).save(temporary, "PNG")

@@ -1,11 +1,12 @@
 """How does the page cope with several users at once?  python -m benchmarks.page --results results
 
-Serves the page of app.py, in a process of its own, with the checkpoints in `results`. Clients upload photos and wait
+Serves the page of app.py, in a process of its own, with the checkpoints in `results`. Clients send photos and wait
 for the results, as browsers do, each as fast as they come. The limit is the search engine itself, called directly: the
 ratio `limit` compares searches per second, from as many threads as clients, `limit_alone` the median times of
-a single client. What they lack to 1 is the page's own part: uploads, events, thumbnails.
+a single client. What they lack to 1 is the page's own part: photos sent, thumbnails, waiting.
 """
 
+import base64
 import json
 import subprocess
 import sys
@@ -44,27 +45,33 @@ class Config:
     seconds: Annotated[int, Range(1, 3600)] = 60  # that they search for
 
 
-def upload(address: str, photo: bytes) -> str:
-    """Uploads a photo; returns the page's path of it."""
-    boundary = uuid.uuid4().hex
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="photo.jpg"\r\n\r\n'.encode()
-    body = head + photo + f"\r\n--{boundary}--\r\n".encode()
-    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{address}/upload", body, kind), timeout=60) as answer:
-        return json.load(answer)[0]
+class Client:
+    """Asks the page as a browser does."""
 
+    def __init__(self, address: str) -> None:
+        self.address = address
+        with urllib.request.urlopen(f"{address}/config", timeout=60) as answer:
+            components = json.load(answer)["components"]
+        self.component = next(each["id"] for each in components if each["type"] == "html")
 
-def search(address: str, photo: bytes, approach: str) -> None:
-    """One search through the page, from file to results; raises RuntimeError if there are none."""
-    sent = {"path": upload(address, photo), "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [sent, approach, 10, 0, 100, 0, 100]}).encode()
-    request = urllib.request.Request(f"{address}/call/search", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{address}/call/search/{event}", timeout=60) as answer:
-        events = answer.read().decode()
-    if "event: complete" not in events or " photos searched: " not in events:
-        raise RuntimeError(events[:200])
+    def ask(self, name: str, request: dict) -> dict:
+        """The answer of a function of the page's server."""
+        body = {"data": request, "component_id": self.component, "fn_name": name, "session_hash": uuid.uuid4().hex}
+        sent = urllib.request.Request(
+            f"{self.address}/gradio_api/component_server",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(sent, timeout=60) as answer:
+            return json.load(answer)
+
+    def search(self, photo: bytes, approach: str) -> None:
+        """One search through the page, from file to results; raises RuntimeError if there are none."""
+        sent = self.ask("photo", {"data": base64.b64encode(photo).decode()})
+        query = [{"id": sent.get("id"), "part": None}]
+        found = self.ask("search", {"photos": query, "more": [], "less": [], "by": approach, "k": 10})
+        if not found.get("columns", [{}])[0].get("results"):
+            raise RuntimeError(f"{sent.get('error')} {found.get('error')}")
 
 
 @dataclass
@@ -131,16 +138,16 @@ def main(config: Config) -> None:
     chosen = np.unique(np.linspace(0, len(engine.gallery) - 1, NUM_PHOTOS).astype(int))
     photos = [engine.gallery.path(index).read_bytes() for index in chosen]
     served = serve(config)
-    address = f"http://127.0.0.1:{config.port}/gradio_api"
     part = config.seconds * SHARE
 
     def search_page(count: int) -> None:
-        search(address, photos[count % len(photos)], engine.approach)
+        client.search(photos[count % len(photos)], engine.approach)
 
     def search_directly(count: int) -> None:
         engine.search(photos[count % len(photos)], 10)
 
     try:
+        client = Client(f"http://127.0.0.1:{config.port}")
         search_page(0)  # the first is slow
         alone = search_for(part, search_page, 1)
         together = search_for(config.seconds, search_page, config.clients)

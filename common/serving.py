@@ -1,11 +1,28 @@
-"""Who can open a page that is served here."""
+"""Who can open a page that is served here, and what it keeps and sends."""
 
+import base64
 import os
 import re
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
 
 from common.config import UserError
 
 PASSWORD = "PAGE_AUTH"  # the environment variable with the name and password that other machines must give
+
+
+def is_own_machine(host: str) -> bool:
+    """Whether no other machine reaches that name or address."""
+    return host == "localhost" or bool(re.fullmatch(r"127(\.\d+){3}|::1", host))
 
 
 def required_password(host: str) -> tuple[str, str] | None:
@@ -13,7 +30,7 @@ def required_password(host: str) -> tuple[str, str] | None:
     name, _, password = os.environ.get(PASSWORD, "").partition(":")
     if name and password:
         return name, password
-    if host == "localhost" or re.fullmatch(r"127(\.\d+){3}|::1", host):
+    if is_own_machine(host):
         return None
     raise UserError(
         f"--host {host} shows the photos to every machine that reaches this one: set {PASSWORD}=name:password in the "
@@ -26,3 +43,91 @@ def bypass_proxy(host: str) -> None:
     own = ("127.0.0.1", "localhost", "::1", host)
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), *own)))
+
+
+class Guard:
+    """ASGI middleware: refuses what no visitor of the page sends.
+
+    That is a request that another site's page makes in the visitor's browser, under its own name (DNS rebinding) or
+    this one's, and a body of more than `max_bytes` or of unknown size.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], host: str, max_bytes: int) -> None:
+        self.app, self.host, self.max_bytes = app, host, max_bytes
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        """Answers, or hands on; see the ASGI specification."""
+        if scope["type"] == "http" and (refused := self._refusal(scope)):
+            status, reason = refused
+            body = reason.encode()
+            headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+            return
+        await self.app(scope, receive, send)
+
+    def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        name = urlsplit(f"//{host}").hostname or ""
+        if is_own_machine(self.host) and not (is_own_machine(name) or name == self.host):
+            return 403, f"this page is not served as {name}"
+        if origin is not None and urlsplit(origin).netloc != host:
+            return 403, "this page answers no other site"
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            size = headers.get(b"content-length", "")
+            if not size.isdigit():
+                return 411, "a request must say its size"
+            if int(size) > self.max_bytes:
+                return 413, f"at most {self.max_bytes / 1e6:.0f} MB at once"
+        return None
+
+
+class RecentPhotos:
+    """The files of the photos that were searched with lately, by the hash of their content; at most `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._files: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def keep(self, key: str, data: bytes) -> None:
+        """Keeps a photo, and forgets those that were used longest ago where there is no room."""
+        with self._lock:
+            self._files[key] = data
+            self._files.move_to_end(key)
+            while sum(map(len, self._files.values())) > self.max_bytes and len(self._files) > 1:
+                self._files.popitem(last=False)
+
+    def get(self, key: str) -> bytes | None:
+        """The photo's file, None if it isn't kept."""
+        with self._lock:
+            if key in self._files:
+                self._files.move_to_end(key)
+            return self._files.get(key)
+
+
+def decode_base64(text: str) -> bytes:
+    """The content of a file that a browser sent; raises ValueError."""
+    return base64.b64decode(text, validate=True)
+
+
+def data_url(image: Image.Image, quality: int = 85) -> str:
+    """An RGB image as an address that holds it, a JPEG."""
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def open_file(path: Path, in_folder: bool) -> None:
+    """Opens a file on this machine in the program for its kind, or shows it `in_folder`; raises `UserError`."""
+    if sys.platform == "win32":
+        command = ["explorer", f"/select,{path}" if in_folder else str(path)]
+    elif sys.platform == "darwin":
+        command = ["open", *(["-R"] if in_folder else []), str(path)]
+    else:
+        command = ["xdg-open", str(path.parent if in_folder else path)]
+    try:
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        raise UserError(f"{command[0]} can't be started here: the file is {path}") from error

@@ -86,12 +86,14 @@ def run_script(tmp_path: Path, offline: dict[str, str]) -> Callable[..., subproc
 
 
 @contextmanager
-def served_page(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """The address of the page of `python app.py`, started in `folder` on a free port, until the block ends."""
+def served_page(folder: Path, *flags: str, environment: dict[str, str] | None = None, port: int = 0) -> Iterator[str]:
+    """The address of the page of `python app.py`, started in `folder`, until the block ends; `port` 0: a free one."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}/"
-    command = [sys.executable, str(ROOT / "app.py"), "--no-open-browser", "--port", address.split(":")[2][:-1], *flags]
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a page that has just ended, as servers do
+        free.bind(("127.0.0.1", port))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    command = [sys.executable, str(ROOT / "app.py"), "--no-open-browser", "--port", str(port), *flags]
     with (folder / "page.log").open("w") as log:
         served = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.report.comparison import Result, score_of
+from common.report.environment import source_of
 from common.report.pictures import COLOURS
 from common.report.plots import load_pyplot
 from common.retrieval.distortions import KINDS
@@ -46,6 +47,11 @@ def draw_comparison(path: Path, results: dict[str, Result]) -> None:
         axes.set_axisbelow(True)
     names = panels[0, 0].get_legend_handles_labels()  # of all that is in any panel
     figure.legend(*names, loc="outside lower center", ncols=3, frameon=False)
+    sources = {
+        source_of(result["dataset"]["name"], result["model"], result["environment"]["commit"])
+        for result in results.values()
+    }
+    figure.suptitle("\n".join(sorted(sources)), size=9, color=GREY, x=0.01, ha="left")
     figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)
 

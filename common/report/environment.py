@@ -46,6 +46,11 @@ def current_commit() -> str | None:
         return None
 
 
+def source_of(dataset: str, model: dict[str, str], commit: str | None) -> str:
+    """Of which data, network and commit a picture is; `model` as in the result file."""
+    return f"{dataset}  |  {model['backbone']}, weights {model['weights']}  |  commit {(commit or 'unknown')[:12]}"
+
+
 def peak_memory(device: torch.device) -> dict[str, int | None]:
     """The most memory that this process has held so far, in bytes; None where the system doesn't say (Windows)."""
     try:

@@ -1,6 +1,8 @@
 """Pictures of queries with their neighbours."""
 
+import functools
 import itertools
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,16 +20,46 @@ TILE, GAP, MARGIN, FRAME = 128, 14, 28, 5  # pixels
 INK, FAINT, PAPER = "#22262b", "#7b828a", "#ffffff"
 CORRECT, WRONG = "#2e9e5b", "#d64541"  # frames
 SEARCH_COLUMNS = "query", "nearest photos, by cosine similarity"
+FONTS = (  # of systems, those with the most scripts first; Pillow's own has Latin letters alone
+    *("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf"),
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "arial.ttf", "Arial.ttf"),
+)
+NO_GLYPH = "\U0010ffff"  # a character that no font has
 COLOURS = ("#1f6feb", "#d64541", "#2e9e5b", "#8250df", "#bf8700", "#0a7ea4", "#cf222e", "#57606a")
 
 
 @dataclass
 class Tile:
-    """A photo in a picture, the text under it, and the colour of its frame."""
+    """A photo in a picture, the text and the name under it, and the colour of its frame."""
 
     image: Image.Image
     label: str
     frame: str | None = None
+    name: str = ""
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The first of `FONTS` that this machine has, in that size in pixels; Pillow's own if it has none."""
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def drawable(text: str, chosen: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text` without line breaks, and with what the font can draw: an accent is left out, another character is "?"."""
+    missing = bytes(chosen.getmask(NO_GLYPH))
+
+    def substitute(character: str) -> str:
+        if character.isascii() or character.isspace() or bytes(chosen.getmask(character)) != missing:
+            return character
+        base = unicodedata.normalize("NFKD", character)[0]
+        return base if base.isascii() else "?"
+
+    return "".join(map(substitute, " ".join(text.split())))
 
 
 def draw_evaluation(heading: str, subheading: str, test: TestSet, evaluation: Evaluation) -> Image.Image:
@@ -60,7 +92,11 @@ def search_row(engine: SearchEngine, name: str, result: SearchResult) -> list[Ti
     return [
         Tile(result.image, name),
         *(
-            Tile(result.thumbnails[index], caption(engine, result, rank))
+            Tile(
+                result.thumbnails[index],
+                caption(engine, result, rank),
+                name=engine.gallery.paths[index].rpartition("/")[2],
+            )
             for rank, index in enumerate(result.indices)
             if index in result.thumbnails
         ),
@@ -81,14 +117,15 @@ def draw_rows(
     """One line per row: a query, then its nearest photos. `columns` stands above them."""
     rows = list(rows)
     others = max(len(row) for row in rows) - 1
-    small, large = ImageFont.load_default(14), ImageFont.load_default(20)
-    row_height, top = TILE + 34, MARGIN + 84
+    small, large = font(14), font(20)
+    row_height = TILE + (52 if any(tile.name for row in rows for tile in row) else 34)
+    top = MARGIN + 84
     width = 2 * MARGIN + (1 + others) * TILE + others * GAP + 2 * GAP
     width = max(width, 2 * MARGIN + round(small.getlength(subheading)))
     picture = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, MARGIN - 8), heading, INK, large)
-    draw.text((MARGIN, MARGIN + 20), subheading, FAINT, small)
+    draw.text((MARGIN, MARGIN + 20), drawable(subheading, small), FAINT, small)
     draw.text((MARGIN, MARGIN + 56), columns[0], FAINT, small)
     first = MARGIN + TILE + 3 * GAP
     draw.text((first, MARGIN + 56), columns[1], FAINT, small)
@@ -102,14 +139,16 @@ def draw_rows(
                 outline = left - FRAME, upper - FRAME, right + FRAME - 1, lower + FRAME - 1
                 draw.rounded_rectangle(outline, FRAME, tile.frame)
             picture.paste(photo, (left, upper))
-            draw.text((x + TILE / 2, y + TILE + 4), shorten(tile.label, small), INK, small, anchor="ma")
+            for line, colour in enumerate((INK, FAINT)[: 1 + bool(tile.name)]):
+                text = shorten(drawable((tile.label, tile.name)[line], small), small)
+                draw.text((x + TILE / 2, y + TILE + 4 + 18 * line), text, colour, small, anchor="ma")
     return picture
 
 
 def draw_grid(heading: str, rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """Rows of images, each with its name above it."""
     columns = max(len(row) for row in rows.values())
-    small, large = ImageFont.load_default(14), ImageFont.load_default(20)
+    small, large = font(14), font(20)
     row_height, top = TILE + 34, MARGIN + 36
     width = max(2 * MARGIN + columns * (TILE + GAP) - GAP, 2 * MARGIN + round(large.getlength(heading)))
     picture = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN // 2), PAPER)
@@ -127,3 +166,13 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     while font.getlength(text) > width:
         text = text.removesuffix("…")[:-1] + "…"
     return text
+
+
+def stamp(picture: Image.Image, source: str) -> Image.Image:
+    """The picture with a line below it: of which data, weights and commit it is."""
+    small = font(14)
+    stamped = Image.new("RGB", (picture.width, picture.height + 34), PAPER)
+    stamped.paste(picture, (0, 0))
+    text = shorten(drawable(source, small), small, picture.width - 2 * MARGIN)
+    ImageDraw.Draw(stamped).text((MARGIN, picture.height + 4), text, FAINT, small)
+    return stamped

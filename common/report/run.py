@@ -30,8 +30,8 @@ from common.models.heads import Task
 from common.models.preprocessing import Preprocessing
 from common.models.training import Sampler, TrainingStep, train
 from common.models.weights import UNTRAINED
-from common.report.environment import current_commit, describe_environment, peak_memory
-from common.report.pictures import draw_evaluation
+from common.report.environment import current_commit, describe_environment, peak_memory, source_of
+from common.report.pictures import draw_evaluation, stamp
 from common.report.result_file import SCHEMA, SUMMARY, neighbours_csv, per_query, summary, to_json, write_report
 from common.retrieval.duplicates import group_copies
 from common.retrieval.index import require_engine
@@ -238,13 +238,13 @@ class Run(Generic[ConfigT]):
         """
         result = self._result(embedder, model, split, evaluation, history) | (extra or {})
         path = self.checkpoint_path.with_suffix(".json")
-        headline = next(
-            f"{name} {result['metrics'][name]['value']:.3f}" for name in SUMMARY if name in result["metrics"]
-        )
-        subheading = f"{model['backbone']}, weights {model['weights']}  |  {result['dataset']['name']}  |  {headline}"
-        picture = draw_evaluation(self.approach, subheading, split.test, evaluation)
+        scores = result["metrics"]
+        headline = next(f"{name} {scores[name]['value']:.3f}" for name in SUMMARY if name in scores)
+        source = source_of(result["dataset"]["name"], model, self.commit)
+        drawn = {".png": draw_evaluation(self.approach, headline, split.test, evaluation)}
+        drawn |= {f".{name}.png": image for name, image in (pictures or {}).items()}
         texts = {".json": to_json(result), ".neighbours.csv": neighbours_csv(split.test, evaluation)}
-        images = {".png": picture, **{f".{name}.png": image for name, image in (pictures or {}).items()}}
+        images = {name: stamp(image, source) for name, image in drawn.items()}
         self._add_verification(evaluation)
         arrays = per_query(evaluation, {"": split.test, **self.also})
         write_report(path, texts, arrays, images)

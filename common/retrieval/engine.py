@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -16,11 +18,12 @@ from common.data.photos import Photos
 from common.models.embedder import Embedder
 from common.parallel import parallel_map
 from common.retrieval.duplicates import group_similar
-from common.retrieval.exact import CosineKNN
+from common.retrieval.exact import CosineKNN, normalize
 
 MAX_COMPARED = 200  # photos of an answer that are compared pixel by pixel, to show copies as one
 MIN_REGION = 0.05  # of a side of the photo
-CLICK_REGION = 0.5  # the same, of the region around a click
+KEPT_THUMBNAILS = 400  # 150 MB at most, of 360 pixels
+ROCCHIO = 1.0, 0.75, 0.25  # weights of the photos searched with, of "more like this" and of "less like this"
 
 
 class Region(NamedTuple):
@@ -32,21 +35,12 @@ class Region(NamedTuple):
     bottom: float = 1.0
 
     @classmethod
-    def from_edges(cls, left: float, right: float, top: float, bottom: float) -> "Region":
-        """From edges in %, which may have crossed; at least `MIN_REGION` wide and high."""
-        left, right, top, bottom = (value / 100 for value in (*sorted((left, right)), *sorted((top, bottom))))
-        left, top = min(left, 1 - MIN_REGION), min(top, 1 - MIN_REGION)
-        return cls(left, top, max(right, left + MIN_REGION), max(bottom, top + MIN_REGION))
-
-    @classmethod
-    def around(cls, point: tuple[int, int], size: tuple[int, int]) -> "Region":
-        """A quarter of a photo, within it, around a point; `point` and `size` are x and y in pixels."""
-        room = 1 - CLICK_REGION
-        left, top = (
-            min(max(position / length - CLICK_REGION / 2, 0), room)
-            for position, length in zip(point, size, strict=True)
-        )
-        return cls(left, top, left + CLICK_REGION, top + CLICK_REGION)
+    def from_edges(cls, left: float, top: float, right: float, bottom: float) -> "Region":
+        """From edges in [0, 1], which may have crossed; moved into the photo, at least `MIN_REGION` wide and high."""
+        (left, right), (top, bottom) = sorted((left, right)), sorted((top, bottom))
+        left, top = (min(max(edge, 0.0), 1 - MIN_REGION) for edge in (left, top))
+        right, bottom = max(min(right, 1.0), left + MIN_REGION), max(min(bottom, 1.0), top + MIN_REGION)
+        return cls(left, top, right, bottom)
 
     def crop(self, image: Image.Image) -> Image.Image:
         """That part of the image, at least one pixel."""
@@ -56,6 +50,15 @@ class Region(NamedTuple):
 
 
 WHOLE = Region()
+
+
+class Query(NamedTuple):
+    """What is searched with: photos, whole or in part, and what the results shall be more or less like."""
+
+    photos: Sequence[tuple[bytes, Region]]  # at least one: its file, and the part of it
+    more: Sequence[int] = ()  # gallery indices
+    less: Sequence[int] = ()  # the same; these are not found
+    among: np.ndarray | None = None  # bool [N]: the gallery photos that may be found; None: all
 
 
 @dataclass
@@ -73,12 +76,14 @@ class SearchResult:
 
 
 @dataclass
-class _Query:
-    """What is searched with."""
+class _Embedded:
+    """What is searched with, as the network sees it."""
 
-    image: Image.Image
+    image: Image.Image  # the first of the photos, or its part
     embedding: np.ndarray  # float32 [1, D]
-    duplicates: np.ndarray  # int [M]: the same file in the gallery
+    hidden: np.ndarray  # int [M]: gallery indices of the same files, and of what the results shall be less like
+    duplicates: list[int]  # the first of these alone
+    among: np.ndarray | None
     milliseconds: dict[str, float]
 
 
@@ -91,32 +96,30 @@ class SearchEngine:
     gallery: Photos
     knn: CosineKNN
     copy_threshold: float = EngineConfig.copy_threshold
+    _thumbnails: dict = field(default_factory=dict, repr=False)  # of what was found lately, {state of the file: image}
 
     def search(self, data: bytes, k: int, region: Region = WHOLE) -> SearchResult:
         """The k nearest photos, or as many as there are, of the photo in a file; the same file is left out.
 
         `region` is the part of the photo to search with. Raises `UnreadablePhotoError`.
         """
-        query = self._embed(data, region)
-        return self._find(query, k)
+        return self._find(self._embed(Query([(data, region)])), k)
 
-    def search_and_show(
-        self, data: bytes, k: int, size: int, region: Region = WHOLE, limit: int | None = None
-    ) -> SearchResult:
-        """As `search`, but copies of a photo are shown as one, with thumbnails of the first `limit` photos (all).
+    def search_and_show(self, query: Query, k: int, size: int, limit: int | None = None) -> SearchResult:
+        """The k nearest photos of a query; copies are shown as one, with thumbnails of the first `limit` photos (all).
 
         Copies are the same file or, of the first `MAX_COMPARED` photos that are found, those whose pixels correlate.
         The next photos take the places of copies and of those whose file has gone or changed since. A thumbnail is at
         most `size` pixels wide and high.
         """
         limit = k if limit is None else min(k, limit)
-        query, depth = self._embed(data, region), k
+        embedded, depth = self._embed(query), k
         thumbnails: dict[int, Image.Image] = {}
         lost: dict[int, str] = {}
         while True:
-            result = self._find(query, depth)
+            result = self._find(embedded, depth)
             groups = self._group(result.indices, limit, size, thumbnails, lost)
-            if len(groups) >= k or depth >= len(self.gallery):
+            if len(groups) >= k or len(result.indices) < depth:
                 break
             depth *= 2
         similarities = dict(zip(result.indices, result.similarities, strict=True))
@@ -132,30 +135,66 @@ class SearchEngine:
 
     def thumbnail(self, index: int, size: int) -> Image.Image:
         """A gallery photo, at most `size` pixels wide and high; raises `UserError` if its file has changed."""
+        seen = None
+        with suppress(OSError):
+            status = self.gallery.path(index).stat()
+            seen = index, size, status.st_size, status.st_mtime_ns
+        if (kept := self._thumbnails.get(seen)) is not None:
+            return kept
         image = self.embedder.preprocessing.decode(self.gallery.read(index))
         image.thumbnail((size, size))
+        if seen:
+            self._thumbnails[seen] = image
+            for oldest in list(self._thumbnails)[:-KEPT_THUMBNAILS]:
+                self._thumbnails.pop(oldest, None)
         return image
 
-    def _embed(self, data: bytes, region: Region) -> _Query:
-        started = time.perf_counter()
-        image = self.embedder.preprocessing.decode(data, min(region.right - region.left, region.bottom - region.top))
-        if region != WHOLE:
-            image = region.crop(image)
-        decoded = time.perf_counter()
-        embedding = self.embedder.embed_images([image])
-        milliseconds = {"decode": 1000 * (decoded - started), "network": 1000 * (time.perf_counter() - decoded)}
-        return _Query(image, embedding, self._same_file(hash_content(data)), milliseconds)
+    def similarity(self, query: Query, index: int) -> float:
+        """The cosine of a query and a gallery photo. Raises `UnreadablePhotoError`."""
+        return float(self._embed(query).embedding[0] @ self.knn.gallery[np.array([index])][0])
 
-    def _find(self, query: _Query, k: int) -> SearchResult:
+    def _embed(self, query: Query) -> _Embedded:
+        """The embeddings' mean, moved towards `more` and away from `less` (Rocchio 1971)."""
         started = time.perf_counter()
-        depth = min(k + len(query.duplicates), len(self.gallery))
-        similarities, indices = self.knn.search(query.embedding, depth)
-        others = ~np.isin(indices[0], query.duplicates)
+        decode = self.embedder.preprocessing.decode
+        images = [
+            region.crop(decode(data, min(region.right - region.left, region.bottom - region.top)))
+            for data, region in query.photos
+        ]
+        decoded = time.perf_counter()
+        parts = [self.embedder.embed_images(images), *(self.knn.gallery[np.array(each, int)] for each in query[1:3])]
+        embedding = sum(
+            sign * weight * part.mean(axis=0, keepdims=True)
+            for sign, weight, part in zip((1, 1, -1), ROCCHIO, parts, strict=True)
+            if len(part)
+        )
+        duplicates = np.unique(np.concatenate([self.same_file(hash_content(data)) for data, _ in query.photos]))
+        return _Embedded(
+            image=images[0],
+            embedding=normalize(embedding),
+            hidden=np.union1d(duplicates, np.array(query.less, int)),
+            duplicates=duplicates.tolist(),
+            among=query.among,
+            milliseconds={"decode": 1000 * (decoded - started), "network": 1000 * (time.perf_counter() - decoded)},
+        )
+
+    def _find(self, query: _Embedded, k: int) -> SearchResult:
+        """The k nearest, or all there are, without those hidden."""
+        started = time.perf_counter()
+        depth = min(k + len(query.hidden), len(self.gallery))
+        while True:
+            similarities, indices = self.knn.search(query.embedding, depth)
+            chosen = ~np.isin(indices[0], query.hidden)
+            if query.among is not None:
+                chosen &= query.among[indices[0]]
+            if chosen.sum() >= k or depth == len(self.gallery):
+                break
+            depth = min(4 * depth, len(self.gallery))
         return SearchResult(
             image=query.image,
-            indices=indices[0, others][:k].tolist(),
-            similarities=similarities[0, others][:k].tolist(),
-            exact_duplicates=query.duplicates.tolist(),
+            indices=indices[0, chosen][:k].tolist(),
+            similarities=similarities[0, chosen][:k].tolist(),
+            exact_duplicates=query.duplicates,
             milliseconds={**query.milliseconds, "search": 1000 * (time.perf_counter() - started)},
         )
 
@@ -173,7 +212,8 @@ class SearchEngine:
             new = [index for index in files[: max(limit, compared)].tolist() if index not in thumbnails]
             if not new:
                 break
-            self._load_thumbnails(new, size, thumbnails, lost)
+            for known, loaded in zip((thumbnails, lost), self.load_thumbnails(new, size), strict=True):
+                known |= loaded  # type: ignore[operator]
         numbers = np.arange(len(files))
         if len(near := files[:compared]) > 1:
             images = [thumbnails[index] for index in near.tolist()]
@@ -181,27 +221,25 @@ class SearchEngine:
         groups: dict[int, list[int]] = {}
         for number in dict.fromkeys(numbers.tolist()):
             members = files[numbers == number]
-            copies = np.concatenate([self._same_file(self.gallery.sha256[index]) for index in members])
+            copies = np.concatenate([self.same_file(self.gallery.sha256[index]) for index in members])
             groups[int(members[0])] = [index for index in copies.tolist() if index != members[0] and index not in lost]
         return groups
 
-    def _load_thumbnails(
-        self, indices: list[int], size: int, thumbnails: dict[int, Image.Image], lost: dict[int, str]
-    ) -> None:
+    def load_thumbnails(self, indices: list[int], size: int) -> tuple[dict[int, Image.Image], dict[int, str]]:
+        """Thumbnails by gallery index, and why others have none: their file has gone or changed."""
+
         def load(index: int) -> Image.Image | str:
             try:
                 return self.thumbnail(index, size)
             except (UserError, UnreadablePhotoError) as error:
                 return str(error)
 
-        for index, loaded in zip(indices, parallel_map(load, indices), strict=True):
-            if isinstance(loaded, str):
-                lost[index] = loaded
-            else:
-                thumbnails[index] = loaded
+        loaded = dict(zip(indices, parallel_map(load, indices), strict=True))
+        lost = {index: each for index, each in loaded.items() if isinstance(each, str)}
+        return {index: each for index, each in loaded.items() if not isinstance(each, str)}, lost
 
-    def _same_file(self, sha256: bytes) -> np.ndarray:
-        """int [M]: the photos of the gallery with that content."""
+    def same_file(self, sha256: bytes) -> np.ndarray:
+        """int [M]: the photos of the gallery whose file has that hash, ascending."""
         low, high = (
             np.searchsorted(self.gallery.sha256, sha256, side, self._content_order) for side in ("left", "right")
         )

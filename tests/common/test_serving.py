@@ -1,10 +1,16 @@
+import asyncio
+import base64
 import os
+from io import BytesIO
+from pathlib import Path
 from urllib.request import proxy_bypass
 
 import pytest
+from PIL import Image
 
+from common import serving
 from common.config import UserError
-from common.serving import bypass_proxy, required_password
+from common.serving import Guard, RecentPhotos, bypass_proxy, data_url, open_file, required_password
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost", "::1"])
@@ -33,3 +39,90 @@ def test_a_proxy_is_bypassed_for_this_machine_alone(monkeypatch):
     assert proxy_bypass("127.0.0.1:7860")
     assert proxy_bypass("intranet.example")
     assert not proxy_bypass("download.pytorch.org")
+
+
+def answer_of(guard, method="GET", **headers):
+    """The status of the answer to a request; 200 where it is handed on."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(guard({"type": "http", "method": method, "headers": named}, None, send))
+    return sent[0]["status"] if sent else 200
+
+
+async def served(_scope, _receive, _send):
+    """What a request is handed on to."""
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "localhost:7860"}, 200),
+        ({"host": "[::1]:7860", "origin": "http://[::1]:7860"}, 200),
+        ({"host": "rebound.example:7860"}, 403),  # a name of another site that leads here
+        ({"host": "127.0.0.1.example:7860"}, 403),
+        ({}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "https://other.example"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:9999"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
+    ],
+)
+def test_a_page_for_this_machine_answers_to_its_own_names_alone(headers, status):
+    assert answer_of(Guard(served, "127.0.0.1", 100), **headers) == status
+
+
+def test_a_page_for_other_machines_answers_to_any_name_but_no_other_site():
+    guard = Guard(served, "0.0.0.0", 100)
+    assert answer_of(guard, host="photos.home:7860", origin="http://photos.home:7860") == 200
+    assert answer_of(guard, host="photos.home:7860", origin="http://other.example") == 403
+
+
+@pytest.mark.parametrize(("size", "status"), [("100", 200), ("101", 413), (None, 411), ("many", 411), ("-1", 411)])
+def test_a_body_has_a_size(size, status):
+    headers = {"host": "localhost"} | ({"content_length": size} if size else {})
+    assert answer_of(Guard(served, "localhost", 100), "POST", **headers) == status
+
+
+def test_the_latest_photos_are_kept():
+    recent = RecentPhotos(max_bytes=10)
+    for name in "abc":
+        recent.keep(name, bytes(4))
+        recent.get("a")
+    assert [recent.get(name) for name in "abc"] == [bytes(4), None, bytes(4)]
+    recent.keep("large", bytes(50))  # kept alone, as it is searched with
+    assert [recent.get(name) for name in ("a", "c", "large")] == [None, None, bytes(50)]
+
+
+def test_an_image_as_an_address():
+    head, _, data = data_url(Image.new("RGB", (30, 20), "red")).partition(",")
+    image = Image.open(BytesIO(base64.b64decode(data)))
+    assert (head, image.format, image.size) == ("data:image/jpeg;base64", "JPEG", (30, 20))
+
+
+@pytest.mark.parametrize(
+    ("platform", "in_folder", "command"),
+    [
+        ("linux", False, ["xdg-open", "/p/a b.jpg"]),
+        ("linux", True, ["xdg-open", "/p"]),
+        ("darwin", True, ["open", "-R", "/p/a b.jpg"]),
+        ("win32", True, ["explorer", "/select,/p/a b.jpg"]),
+        ("win32", False, ["explorer", "/p/a b.jpg"]),
+    ],
+)
+def test_a_file_is_opened_by_the_system(monkeypatch, platform, in_folder, command):
+    started = []
+    monkeypatch.setattr(serving.sys, "platform", platform)
+    monkeypatch.setattr(serving.subprocess, "Popen", lambda given, **_: started.append(given))
+    open_file(Path("/p/a b.jpg"), in_folder)
+    assert started == [command]
+
+
+def test_a_system_that_opens_nothing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(serving.sys, "platform", "linux")
+    with pytest.raises(UserError, match="xdg-open can't be started here: the file is /p/a.jpg"):
+        open_file(Path("/p/a.jpg"), in_folder=False)

@@ -1,3 +1,4 @@
+import dataclasses
 from importlib import import_module
 
 import numpy as np
@@ -14,9 +15,12 @@ from common.report.pictures import (
     Tile,
     draw_evaluation,
     draw_rows,
+    drawable,
     search_row,
     shorten,
+    stamp,
 )
+from common.retrieval.engine import WHOLE, Query
 from common.retrieval.loading import load_engine
 from common.retrieval.protocol import Evaluation
 
@@ -95,13 +99,42 @@ def test_long_labels_are_shortened():
     assert len(short) > 10
 
 
+def test_characters_that_a_font_lacks():
+    latin = ImageFont.load_default(14)  # Pillow's own
+    assert drawable("Müller 12.jpg", latin) in ("Müller 12.jpg", "Muller 12.jpg")
+    assert drawable("кот 猫 🐈.jpg", latin) == "??? ? ?.jpg"
+    assert drawable("two\nlines", latin) == "two lines"
+
+
+def test_a_font_is_found_or_pillows_own_is_taken(monkeypatch):
+    monkeypatch.setattr(pictures, "FONTS", ("there is no such font.ttf",))
+    pictures.font.cache_clear()
+    try:
+        assert pictures.font(14).getname() == ImageFont.load_default(14).getname()
+    finally:
+        pictures.font.cache_clear()
+
+
+def test_a_stamp_stands_below_the_picture():
+    picture = Image.new("RGB", (400, 100), "red")
+    stamped = stamp(picture, "photos  |  squeezenet1_1, weights DEFAULT  |  commit 0123456789ab")
+    assert stamped.width == 400
+    assert np.array_equal(np.asarray(stamped)[:100], np.asarray(picture))
+    below = np.asarray(stamped)[100:]
+    assert (below != 255).any(axis=2).sum() > 200  # text
+    assert (below[:, 400 - pictures.MARGIN :] == 255).all()
+
+
 def test_the_row_of_a_search(trained):
     engine = load_engine("siamese", import_module, trained, "", None, "cpu")
-    result = engine.search_and_show(engine.gallery.read(5), 12, THUMBNAIL, limit=MAX_RESULTS)
+    result = engine.search_and_show(Query([(engine.gallery.read(5), WHOLE)]), 12, THUMBNAIL, limit=MAX_RESULTS)
     row = search_row(engine, "mine.jpg", result)
     assert len(row) == 1 + 10  # no more than fit into the picture
     assert row[0].label == "mine.jpg"
     assert row[0].image is result.image
     first = result.indices[0]
     assert row[1].label == f"{result.similarities[0]:.3f} {engine.gallery.class_name(first)}"
+    assert row[1].name == engine.gallery.paths[first].split("/")[-1]
     assert np.array_equal(row[1].image, engine.thumbnail(first, 256))
+    named, nameless = draw_rows("x", "y", [row]), draw_rows("x", "y", [[dataclasses.replace(row[0], name="")]])
+    assert named.height - nameless.height == 18

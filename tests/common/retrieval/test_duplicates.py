@@ -12,7 +12,7 @@ from common.config import EngineConfig
 from common.data.photos import load_library, load_photos
 from common.models.decoded import DecodedPhotos
 from common.retrieval.duplicates import SIZE, SMALL, correlate, find_copies, group_pairs, to_grey
-from common.retrieval.engine import SearchEngine
+from common.retrieval.engine import WHOLE, Query, SearchEngine
 from common.retrieval.exact import CosineKNN
 from common.retrieval.protocol import raw_pixel_embedder
 
@@ -147,7 +147,7 @@ def test_copies_are_shown_as_one(synthetic_photos, tmp_path):
     for file in others:
         shutil.copy(file, tmp_path / f"c{file.name}")
     engine = engine_of(tmp_path)
-    result = engine.search_and_show(query.read_bytes(), 4, 50)
+    result = engine.search_and_show(Query([(query.read_bytes(), WHOLE)]), 4, 50)
     assert len(result.indices) == 4
     assert list(result.thumbnails) == result.indices
     assert result.similarities == sorted(result.similarities, reverse=True)
@@ -156,10 +156,10 @@ def test_copies_are_shown_as_one(synthetic_photos, tmp_path):
     ranking = engine.search(query.read_bytes(), len(engine.gallery)).indices
     assert shown == next(index for index in ranking if index < 13)
     assert [index for index in result.indices if index != shown] == [index for index in ranking if index >= 13][:3]
-    assert len(engine.search_and_show(query.read_bytes(), 99, 50).indices) == 1 + len(others)
+    assert len(engine.search_and_show(Query([(query.read_bytes(), WHOLE)]), 99, 50).indices) == 1 + len(others)
 
     engine.copy_threshold = 1  # the same file alone
-    result = engine.search_and_show(query.read_bytes(), 99, 50)
+    result = engine.search_and_show(Query([(query.read_bytes(), WHOLE)]), 99, 50)
     assert len(result.indices) == 4 + len(others)
     assert [sorted([index, *copies]) for index, copies in result.copies.items()] == [list(range(10))]
 
@@ -170,5 +170,5 @@ def test_a_copy_stands_in_for_a_file_that_has_gone(synthetic_photos, tmp_path):
         shutil.copy(copied, tmp_path / f"{name}.jpg")
     engine = engine_of(tmp_path)
     (tmp_path / "a.jpg").unlink()
-    result = engine.search_and_show(query.read_bytes(), 5, 50)
+    result = engine.search_and_show(Query([(query.read_bytes(), WHOLE)]), 5, 50)
     assert (result.indices, result.copies, list(result.lost)) == ([1], {1: [2]}, [0])

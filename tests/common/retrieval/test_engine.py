@@ -15,7 +15,7 @@ from common.config import UserError
 from common.data.decode import UnreadablePhotoError
 from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
-from common.retrieval.engine import WHOLE, Region
+from common.retrieval.engine import WHOLE, Query, Region
 from common.retrieval.loading import available_approaches, load_available, load_embedder, load_engine
 
 TRAINED = ("siamese", "autoencoder", "cnn_feature_extraction")
@@ -105,13 +105,13 @@ def test_photos_that_have_gone_or_changed_cost_only_themselves(trained, syntheti
     folder = shutil.copytree(synthetic_photos, tmp_path / "photos")
     engine = load("siamese", trained, str(folder))
     query = engine.gallery.path(0).read_bytes()
-    before = engine.search_and_show(query, 5, 50)
+    before = engine.search_and_show(Query([(query, WHOLE)]), 5, 50)
     assert list(before.thumbnails) == before.indices == engine.search(query, 5).indices
     gone, changed, *others = before.indices
     kept = engine.gallery.path(gone).read_bytes()
     engine.gallery.path(gone).unlink()
     engine.gallery.path(changed).write_bytes(query)
-    result = engine.search_and_show(query, 5, 50)
+    result = engine.search_and_show(Query([(query, WHOLE)]), 5, 50)
     following = engine.search(query, 7).indices[5:]
     assert list(result.thumbnails) == result.indices == [*others, *following]
     assert result.similarities == engine.search(query, 7).similarities[2:]
@@ -119,13 +119,13 @@ def test_photos_that_have_gone_or_changed_cost_only_themselves(trained, syntheti
     assert "can no longer be read" in result.lost[gone]
     assert "changed while it was in use" in result.lost[changed]
     engine.gallery.path(gone).write_bytes(kept)
-    assert engine.search_and_show(query, 5, 50).indices[0] == gone
-    few = engine.search_and_show(query, 5, 50, limit=2)
+    assert engine.search_and_show(Query([(query, WHOLE)]), 5, 50).indices[0] == gone
+    few = engine.search_and_show(Query([(query, WHOLE)]), 5, 50, limit=2)
     assert len(few.indices) == 5
     assert len(few.thumbnails) == 2
     for index in range(len(engine.gallery)):
         engine.gallery.path(index).unlink(missing_ok=True)
-    assert engine.search_and_show(query, 5, 50).indices == []
+    assert engine.search_and_show(Query([(query, WHOLE)]), 5, 50).indices == []
 
 
 def test_a_thumbnail_is_the_photo_at_a_smaller_size(trained, synthetic_photos, tmp_path):
