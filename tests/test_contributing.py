@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks.page import search
+from benchmarks.page import Client
 from common.models.checkpoint import Checkpoint
 from tests.conftest import ROOT, served_page
 
@@ -46,7 +46,7 @@ def test_one_file_is_a_new_approach(tmp_path, environment, synthetic_photos):
 
     direct = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]}  # Gradio calls itself, which no proxy may take
     with served_page(tmp_path, environment=direct) as address:
-        search(f"{address}gradio_api", photo.read_bytes(), "toy")  # raises if nothing is found
+        Client(address.rstrip("/")).search(photo.read_bytes(), "toy")  # raises if nothing is found
 
 
 def test_a_checkpoint_without_its_script_is_named(run_script, tmp_path, trained, synthetic_photos):

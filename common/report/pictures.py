@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,16 +164,17 @@ def draw_grid(heading: str, rows: Mapping[str, Sequence[Image.Image]]) -> Image.
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int = TILE + GAP) -> str:
     """`text`, its end cut off where it is wider than `width` pixels."""
-    while font.getlength(text) > width:
+    while len(text) > 1 and font.getlength(text) > width:
         text = text.removesuffix("…")[:-1] + "…"
     return text
 
 
 def stamp(picture: Image.Image, source: str) -> Image.Image:
-    """The picture with a line below it: of which data, weights and commit it is."""
+    """The picture with a line below it: of which data, weights and commit it is. Widened where the line is longer."""
     small = font(14)
-    stamped = Image.new("RGB", (picture.width, picture.height + 34), PAPER)
+    text = drawable(source, small)
+    width = max(picture.width, math.ceil(small.getlength(text)) + 2 * MARGIN)
+    stamped = Image.new("RGB", (width, picture.height + 34), PAPER)
     stamped.paste(picture, (0, 0))
-    text = shorten(drawable(source, small), small, picture.width - 2 * MARGIN)
     ImageDraw.Draw(stamped).text((MARGIN, picture.height + 4), text, FAINT, small)
     return stamped

@@ -23,8 +23,9 @@ def result_of(value, epochs=2):
         "metrics": classes | instances,
         "baselines": {"pretrained": instances, "chance": {"precision@1": score(0.5)}},
         "also": {},
-        "dataset": {"synthetic": False},
-        "model": {"weights": "IMAGENET1K_V1"},
+        "dataset": {"name": "photos", "synthetic": False},
+        "model": {"backbone": "resnet18", "weights": "IMAGENET1K_V1"},
+        "environment": {"commit": "0123456789abcdef"},
         "timing": {"query_latency_ms": {"p50": 4.0}},
         "history": [{"loss": 4.0 / (epoch + 1)} for epoch in range(epochs)],
     }
@@ -55,6 +56,7 @@ def test_what_is_drawn(panels):
     assert [line.get_ydata().tolist() for line in latency.lines[::3]] == [[0.8], [0.4]]
     assert latency.get_ylabel() == "precision@5, 95 % interval"
     assert [line.get_ydata().tolist() for line in training.lines] == [[1.0, 0.5]]
+    assert pyplot.gcf().get_suptitle() == "photos  |  resnet18, weights IMAGENET1K_V1  |  commit 0123456789ab"
 
 
 def test_one_class_only_has_no_class_metrics(panels):

@@ -97,6 +97,7 @@ def test_long_labels_are_shortened():
     assert "a_very_long_name_of_a_photo.jpg".startswith(short[:-1])
     assert font.getlength(short) <= pictures.TILE + pictures.GAP
     assert len(short) > 10
+    assert shorten("cat.0001.jpg", font, 1) == "…"  # no room at all
 
 
 def test_characters_that_a_font_lacks():
@@ -116,13 +117,15 @@ def test_a_font_is_found_or_pillows_own_is_taken(monkeypatch):
 
 
 def test_a_stamp_stands_below_the_picture():
-    picture = Image.new("RGB", (400, 100), "red")
-    stamped = stamp(picture, "photos  |  squeezenet1_1, weights DEFAULT  |  commit 0123456789ab")
-    assert stamped.width == 400
+    picture = Image.new("RGB", (900, 100), "red")
+    source = "photos  |  squeezenet1_1, weights DEFAULT  |  commit 0123456789ab"
+    stamped = stamp(picture, source)
+    assert stamped.width == 900
     assert np.array_equal(np.asarray(stamped)[:100], np.asarray(picture))
     below = np.asarray(stamped)[100:]
     assert (below != 255).any(axis=2).sum() > 200  # text
-    assert (below[:, 400 - pictures.MARGIN :] == 255).all()
+    assert (below[:, 900 - pictures.MARGIN :] == 255).all()
+    assert 300 < stamp(Image.new("RGB", (8, 8)), source).width < 900
 
 
 def test_the_row_of_a_search(trained):

@@ -257,7 +257,8 @@ def test_what_an_approach_adds(begin, report):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["reconstruction"] == {"mse": 0.75}
     with Image.open(path.parent / "x.reconstructions.png") as written:
-        assert (written.size, written.getpixel((0, 0))) == ((5, 4), (255, 0, 0))
+        assert np.array_equal(np.asarray(written)[:4, :5], np.asarray(picture))
+        assert written.height > 4  # below it stands of what it is
 
 
 @pytest.mark.parametrize("broken", ["to_json", "neighbours_csv", "per_query", "draw_evaluation", "summary"])
