@@ -49,14 +49,14 @@ class Client:
     """Asks the page as a browser does."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        self.address, self.session = address, uuid.uuid4().hex
         with urllib.request.urlopen(f"{address}/config", timeout=60) as answer:
             components = json.load(answer)["components"]
         self.component = next(each["id"] for each in components if each["type"] == "html")
 
     def ask(self, name: str, request: dict) -> dict:
         """The answer of a function of the page's server."""
-        body = {"data": request, "component_id": self.component, "fn_name": name, "session_hash": uuid.uuid4().hex}
+        body = {"data": request, "component_id": self.component, "fn_name": name, "session_hash": self.session}
         sent = urllib.request.Request(
             f"{self.address}/gradio_api/component_server",
             json.dumps(body).encode(),

@@ -23,7 +23,12 @@ def parallel_map(
     sorting and the network all release the interpreter's lock.
     """
     iterator = iter(items)
-    chunks = iter(lambda: list(itertools.islice(iterator, chunksize)), [])
+    chunks: Iterator[list[Item]] = iter(lambda: list(itertools.islice(iterator, chunksize)), [])
+    first = list(itertools.islice(chunks, 2))
+    if len(first) < 2:  # to start threads would take longer
+        yield from (function(item) for chunk in first for item in chunk)
+        return
+    chunks = itertools.chain(first, chunks)
     pending: deque[Future[list[Result]]] = deque()
     with ThreadPoolExecutor(_num_threads()) as pool:
         try:

@@ -5,11 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from io import BytesIO
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -81,6 +81,32 @@ class Guard:
             if int(size) > self.max_bytes:
                 return 413, f"at most {self.max_bytes / 1e6:.0f} MB at once"
         return None
+
+
+class Turns:
+    """A context that at most `limit` threads are in at once, in the order in which they came, which Python's own
+    semaphores don't keep.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._lock, self._free = Lock(), limit
+        self._waiting: deque[Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            own = Event()
+            self._waiting.append(own)
+        own.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:  # to whom the place is handed on
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
 
 
 class RecentPhotos:

@@ -24,7 +24,9 @@ Answer = dict[str, Any]
 def tile(engine: SearchEngine, index: int, thumbnail: Image.Image) -> Answer:
     """A gallery photo as the page lists it."""
     own = {"id": engine.gallery.sha256[index].decode(), "file": engine.gallery.paths[index]}
-    return {**own, "image": data_url(thumbnail)}
+    if "address" not in thumbnail.info:  # the same thumbnail is often found again
+        thumbnail.info["address"] = data_url(thumbnail)
+    return {**own, "image": thumbnail.info["address"]}
 
 
 def copies_view(engine: SearchEngine, cache: Path | None, config: EngineConfig) -> Answer:

@@ -22,7 +22,7 @@ from common.retrieval.exact import CosineKNN, normalize
 
 MAX_COMPARED = 200  # photos of an answer that are compared pixel by pixel, to show copies as one
 MIN_REGION = 0.05  # of a side of the photo
-KEPT_THUMBNAILS = 400  # 150 MB at most, of 360 pixels
+KEPT_THUMBNAILS = 1000  # 120 MB of photos of 200 x 200, 390 MB at most of 360 pixels
 ROCCHIO = 1.0, 0.75, 0.25  # weights of the photos searched with, of "more like this" and of "less like this"
 
 

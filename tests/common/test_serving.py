@@ -1,8 +1,10 @@
 import asyncio
 import base64
 import os
+import time
 from io import BytesIO
 from pathlib import Path
+from threading import Event, Thread
 from urllib.request import proxy_bypass
 
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from common import serving
 from common.config import UserError
-from common.serving import Guard, RecentPhotos, bypass_proxy, data_url, open_file, required_password
+from common.serving import Guard, RecentPhotos, Turns, bypass_proxy, data_url, open_file, required_password
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost", "::1"])
@@ -85,6 +87,33 @@ def test_a_page_for_other_machines_answers_to_any_name_but_no_other_site():
 def test_a_body_has_a_size(size, status):
     headers = {"host": "localhost"} | ({"content_length": size} if size else {})
     assert answer_of(Guard(served, "localhost", 100), "POST", **headers) == status
+
+
+def test_threads_take_turns_in_the_order_in_which_they_came():
+    turns, inside, order = Turns(2), [], []
+    hold = [Event() for _ in range(6)]
+
+    def visit(number):
+        with turns:
+            inside.append(number)
+            order.append(number)
+            hold[number].wait(10)
+            inside.remove(number)
+
+    threads = [Thread(target=visit, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    assert inside == [0, 1]
+    for number in (1, 0, 2, 3, 4, 5):
+        hold[number].set()
+        time.sleep(0.05)
+        assert len(inside) <= 2
+    for thread in threads:
+        thread.join()
+    assert order == list(range(6))
+    with turns, turns:  # both places are free again
+        pass
 
 
 def test_the_latest_photos_are_kept():
