@@ -123,8 +123,12 @@ def test_the_speeds_are_those_of_the_benchmarks():
     assert f"among {gallery:,}: p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms" in text
     for network in ("squeezenet1_1", "resnet18", "resnet50"):  # the fastest rival
         assert f"{measured('embedding')['ratios'][f'onnx_runtime_{network}']['median']:.2f} ({network})" in text
-    page = measured("page")
-    assert f"{len(page['errors'])} errors, p95 {page['milliseconds']['p95']:.0f} ms" in text
+    page = measured("page", "reference/avx2")
+    waited = page["milliseconds"]
+    assert f"with {len(page['errors'])} errors: p50 {waited['p50']:.0f} ms, p95 {waited['p95']:.0f} ms" in text
+    assert f"{page['ratios']['limit']['median']:.2f} of the searches per second of the engine itself" in text
+    assert f"waits {page['milliseconds_alone']['p50']:.0f} ms for a search" in text
+    assert f"takes {page['ratios']['limit_alone']['median']:.2f} of that" in text
     memory = [size["search_memory_bytes"] / 1e6 for size in measured("scaling")["sizes"].values()]
     assert f"{min(memory):.0f} to {max(memory):.0f} MB" in text
     faiss = measured("exact_search")["ratios"]["faiss_18000_top5"]["median"]
