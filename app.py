@@ -80,7 +80,8 @@ def build_page(gradio: ModuleType, server: PageServer) -> tuple[Any, str]:
         re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]  # type: ignore[index]
         for tag in ("style", "template", "script")
     )
-    with gradio.Blocks(title="Image similarity search", analytics_enabled=False, fill_width=True) as page:
+    options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (3600, 86400)}
+    with gradio.Blocks(title="Image similarity search", **options) as page:
         gradio.HTML(
             html_template=template,
             js_on_load=script,

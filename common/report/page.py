@@ -57,7 +57,7 @@ class PageServer:
         self.max_megabytes = max_megabytes  # of a photo's file
         self.load, self.config, self.cache, self.is_local = load, config, cache, is_local
         self.lock = Lock()  # what uses all cores, one at a time
-        self.searches = Turns(AT_ONCE)
+        self.searches = Turns(AT_ONCE)  # and what decodes photos
         self.threads = torch.get_num_threads()
         self.recent = RecentPhotos(RECENT_BYTES)
         self.answers: dict[tuple, Answer] = {}  # that take long: copies and maps
@@ -94,8 +94,9 @@ class PageServer:
         data, name = self._content(request)
         if "data" in request:
             self.recent.keep(hash_id(data), data)
-        image = decode_photo(data, LARGE)
-        image.thumbnail((LARGE, LARGE))
+        with self.searches:  # photos of many pixels take much memory
+            image = decode_photo(data, LARGE)
+            image.thumbnail((LARGE, LARGE))
         size = {"width": image.width, "height": image.height}
         return {"id": hash_id(data), "name": name, "image": data_url(image), **size}
 
@@ -149,9 +150,9 @@ class PageServer:
         """A gallery photo, large, with all that is known about it and, if something is searched with, similarities."""
         engine, index = self._find(request)
         data, path, gallery = engine.gallery.read(index), engine.gallery.path(index), engine.gallery
-        image = decode_photo(data, LARGE)
-        shown = image.copy()
-        shown.thumbnail((LARGE, LARGE))
+        with self.searches:
+            image = decode_photo(data, LARGE)
+            image.thumbnail((LARGE, LARGE))
         changed = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         width, height = full_size(path, image)
         facts = [
@@ -171,7 +172,7 @@ class PageServer:
         if copies:
             facts.append(("The same file", ", ".join(copies)))
         file = {"id": request["id"], "by": engine.approach, "file": gallery.paths[index], "path": str(path.resolve())}
-        return {**file, "image": data_url(shown), "facts": facts}
+        return {**file, "image": data_url(image), "facts": facts}
 
     def propose(self, request: dict) -> Answer:
         """Parts of a photo that are worth searching with: [left, top, right, bottom] in [0, 1]."""
