@@ -87,7 +87,7 @@ def compare(
 def build(
     gallery: np.ndarray, codes: tuple[str, ...], addresses: tuple[str, ...]
 ) -> Iterator[tuple[str, ApproximateKNN]]:
-    """Each engine with its name, one after the other; what it has stored is removed after its turn."""
+    """Each engine with its name, one after the other; what it has stored is removed once it was measured."""
     ids = np.array([f"{number:064d}" for number in range(len(gallery))], "S64")
     for code in codes:
         yield code, GraphKNN(gallery, ids, None, code)

@@ -29,7 +29,7 @@ from common.report.plots import load_pyplot
 
 NUM_PHOTOS = 50  # distinct queries
 START_SECONDS = 120  # that the page may take to start
-SHARE = 1 / 6  # of the time, for each of the other measurements
+FRACTION = 1 / 6  # of the time, for each of the other measurements
 
 
 @dataclass
@@ -138,7 +138,7 @@ def main(config: Config) -> None:
     chosen = np.unique(np.linspace(0, len(engine.gallery) - 1, NUM_PHOTOS).astype(int))
     photos = [engine.gallery.path(index).read_bytes() for index in chosen]
     served = serve(config)
-    part = config.seconds * SHARE
+    part = config.seconds * FRACTION
 
     def search_page(count: int) -> None:
         client.search(photos[count % len(photos)], engine.approach)

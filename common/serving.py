@@ -83,7 +83,7 @@ class Guard:
         return None
 
 
-class Turns:
+class FairSemaphore:
     """A context that at most `limit` threads are in at once, in the order in which they came, which Python's own
     semaphores don't keep.
     """

@@ -19,13 +19,13 @@ from common.report.views import THUMBNAIL, Answer, copies_view, full_size, map_v
 from common.retrieval.calibration import calibrate_threshold
 from common.retrieval.engine import Query, Region, SearchEngine
 from common.retrieval.proposals import propose_regions
-from common.serving import RecentPhotos, Turns, data_url, decode_base64, open_file
+from common.serving import FairSemaphore, RecentPhotos, data_url, decode_base64, open_file
 
 ALL = "all"  # approaches side by side
 NUM_EXAMPLES = 6  # photos to begin with
 LARGE = 1280  # pixels, at most, of a photo shown alone
-AT_ONCE = 3  # searches: the network takes half of the cores for one photo; on two cores 23 a second, 20 with 2
-MAX_RESULTS, MAX_PHOTOS, MAX_WISHES = 200, 8, 50  # of a search
+MAX_CONCURRENT = 3  # searches: the network takes half of the cores for one photo; on two cores 23 a second, 20 with 2
+MAX_RESULTS, MAX_PHOTOS, MAX_FEEDBACK = 200, 8, 50  # of a search
 MAX_LISTED = 300  # classes or folders to choose from
 RECENT_BYTES = 256_000_000  # of photos that were searched with
 
@@ -57,7 +57,7 @@ class PageServer:
         self.max_megabytes = max_megabytes  # of a photo's file
         self.load, self.config, self.cache, self.is_local = load, config, cache, is_local
         self.lock = Lock()  # what uses all cores, one at a time
-        self.searches = Turns(AT_ONCE)  # and what decodes photos
+        self.searches = FairSemaphore(MAX_CONCURRENT)  # and what decodes photos
         self.threads = torch.get_num_threads()
         self.recent = RecentPhotos(RECENT_BYTES)
         self.answers: dict[tuple, Answer] = {}  # that take long: copies and maps
@@ -155,24 +155,24 @@ class PageServer:
             image.thumbnail((LARGE, LARGE))
         changed = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         width, height = full_size(path, image)
-        facts = [
+        metadata = [
             ("Folder", str(path.parent)),
             ("Size", f"{width} x {height} pixels, {len(data):,} bytes"),
             ("Date of the file", changed),
         ]
         if name := gallery.class_name(index):
-            facts.append(("Class", name))
+            metadata.append(("Class", name))
         contents = self._contents(request)
         with self.lock:
             for other in self.engines.values() if contents else ():
                 if len(own := other.same_file(request["id"].encode())):
                     similarity = other.similarity(self._query(other, contents, request), int(own[0]))
-                    facts.append((f"Similarity, {title(other.approach)}", f"{similarity:.3f}"))
+                    metadata.append((f"Similarity, {title(other.approach)}", f"{similarity:.3f}"))
         copies = [gallery.paths[copy] for copy in engine.same_file(request["id"].encode()).tolist() if copy != index]
         if copies:
-            facts.append(("The same file", ", ".join(copies)))
+            metadata.append(("The same file", ", ".join(copies)))
         file = {"id": request["id"], "by": engine.approach, "file": gallery.paths[index], "path": str(path.resolve())}
-        return {**file, "image": data_url(image), "facts": facts}
+        return {**file, "image": data_url(image), "metadata": metadata}
 
     def propose(self, request: dict) -> Answer:
         """Parts of a photo that are worth searching with: [left, top, right, bottom] in [0, 1]."""
@@ -257,12 +257,12 @@ class PageServer:
         parts = [photo.get("part") for photo in request["photos"]]
         regions = [Region.from_edges(*map(float, part)) if part else Region() for part in parts[: len(contents)]]
         found = {
-            name: [engine.same_file(str(each).encode()) for each in request[name][:MAX_WISHES]]
+            name: [engine.same_file(str(each).encode()) for each in request[name][:MAX_FEEDBACK]]
             for name in ("more", "less")
         }
-        wishes = {name: [int(each[0]) for each in lists if len(each)] for name, lists in found.items()}
+        feedback = {name: [int(each[0]) for each in lists if len(each)] for name, lists in found.items()}
         only = str(request.get("only", ""))
-        return Query(list(zip(contents, regions, strict=True)), **wishes, among=among(engine, only) if only else None)
+        return Query(list(zip(contents, regions, strict=True)), **feedback, among=among(engine, only) if only else None)
 
 
 def among(engine: SearchEngine, only: str) -> np.ndarray:

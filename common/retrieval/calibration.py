@@ -31,8 +31,8 @@ def calibrate_threshold(engine: SearchEngine) -> float:
 def threshold_between(copies: np.ndarray, pairs: np.ndarray) -> float:
     """What `KEPT` of copies' similarities, float [M], reach, or `EXCEEDING` of pairs', float [N]: the lower of the two.
 
-    Where copies and pairs lie apart, the nearest photos of an ordinary query lie between them, so it is the pairs that
-    tell; where they overlap, nothing that a copy may have is called dissimilar.
+    Where copies and pairs lie apart, the nearest photos of an ordinary query lie between them, so the pairs
+    decide; where they overlap, nothing that a copy may have is called dissimilar.
     """
     reached = float(np.quantile(copies, 1 - KEPT))
     return min(reached, float(np.quantile(pairs, 1 - EXCEEDING))) if len(pairs) else reached

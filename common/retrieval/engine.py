@@ -81,7 +81,7 @@ class _Embedded:
 
     image: Image.Image  # the first of the photos, or its part
     embedding: np.ndarray  # float32 [1, D]
-    hidden: np.ndarray  # int [M]: gallery indices of the same files, and of what the results shall be less like
+    exclude: np.ndarray  # int [M]: gallery indices of the same files, and of what the results shall be less like
     duplicates: list[int]  # the first of these alone
     among: np.ndarray | None
     milliseconds: dict[str, float]
@@ -172,19 +172,19 @@ class SearchEngine:
         return _Embedded(
             image=images[0],
             embedding=normalize(embedding),
-            hidden=np.union1d(duplicates, np.array(query.less, int)),
+            exclude=np.union1d(duplicates, np.array(query.less, int)),
             duplicates=duplicates.tolist(),
             among=query.among,
             milliseconds={"decode": 1000 * (decoded - started), "network": 1000 * (time.perf_counter() - decoded)},
         )
 
     def _find(self, query: _Embedded, k: int) -> SearchResult:
-        """The k nearest, or all there are, without those hidden."""
+        """The k nearest, or all there are, without those to exclude."""
         started = time.perf_counter()
-        depth = min(k + len(query.hidden), len(self.gallery))
+        depth = min(k + len(query.exclude), len(self.gallery))
         while True:
             similarities, indices = self.knn.search(query.embedding, depth)
-            chosen = ~np.isin(indices[0], query.hidden)
+            chosen = ~np.isin(indices[0], query.exclude)
             if query.among is not None:
                 chosen &= query.among[indices[0]]
             if chosen.sum() >= k or depth == len(self.gallery):

@@ -26,7 +26,7 @@ def library(trained, photos, tmp_path_factory):
         yield address, pictures
 
 
-def facts(page):
+def metadata(page):
     return page.evaluate("""() => Object.fromEntries([...document.querySelectorAll('#details dt')].map(
       (name) => [name.innerText, name.nextElementSibling.innerText]))""")
 
@@ -39,7 +39,7 @@ def test_a_result_opens_large(visit, library, photos):
     file = page.get_attribute(".tile >> nth=0", "title")
     page.locator(".tile >> nth=0").press("Enter")
     page.wait_for_selector("#details[open]")
-    shown = facts(page)
+    shown = metadata(page)
     assert page.inner_text("#details-name") == file.split("/")[-1]
     assert shown["Folder"] == str((pictures / file).parent)
     size = (pictures / file).stat().st_size

@@ -12,7 +12,7 @@ from PIL import Image
 
 from common import serving
 from common.config import UserError
-from common.serving import Guard, RecentPhotos, Turns, bypass_proxy, data_url, open_file, required_password
+from common.serving import FairSemaphore, Guard, RecentPhotos, bypass_proxy, data_url, open_file, required_password
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost", "::1"])
@@ -89,12 +89,12 @@ def test_a_body_has_a_size(size, status):
     assert answer_of(Guard(served, "localhost", 100), "POST", **headers) == status
 
 
-def test_threads_take_turns_in_the_order_in_which_they_came():
-    turns, inside, order = Turns(2), [], []
+def test_threads_enter_in_the_order_in_which_they_came():
+    places, inside, order = FairSemaphore(2), [], []
     hold = [Event() for _ in range(6)]
 
     def visit(number):
-        with turns:
+        with places:
             inside.append(number)
             order.append(number)
             hold[number].wait(10)
@@ -112,7 +112,7 @@ def test_threads_take_turns_in_the_order_in_which_they_came():
     for thread in threads:
         thread.join()
     assert order == list(range(6))
-    with turns, turns:  # both places are free again
+    with places, places:  # both places are free again
         pass
 
 

@@ -117,11 +117,11 @@ def test_a_result_with_all_that_is_known(library):
     place = gallery.paths.index("a/01.jpg")
     asked = {"photos": [{"id": gallery.sha256[place].decode()}], **ASKED}
     answer = server.details({**asked, "id": gallery.sha256[place].decode()})
-    facts = dict(answer["facts"])
+    metadata = dict(answer["metadata"])
     size = Image.open(pictures / "a" / "01.jpg").size
-    assert facts["Size"].startswith(f"{size[0]} x {size[1]} pixels, ")
-    assert facts["The same file"] == "b/twin.jpg"
-    assert facts["Similarity, siamese"] == facts["Similarity, autoencoder"] == "1.000"
+    assert metadata["Size"].startswith(f"{size[0]} x {size[1]} pixels, ")
+    assert metadata["The same file"] == "b/twin.jpg"
+    assert metadata["Similarity, siamese"] == metadata["Similarity, autoencoder"] == "1.000"
     assert answer["path"] == str((pictures / answer["file"]).resolve())
     (pictures / "a" / "01.jpg").unlink()
     with pytest.raises(UserError, match="can no longer be read"):
