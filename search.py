@@ -23,7 +23,7 @@ import numpy as np
 
 from common.config import EngineConfig, Range, UserError, run_script
 from common.data.decode import UnreadablePhotoError
-from common.data.folders import Selection
+from common.data.folders import Selection, read_photo
 from common.data.photos import load_library
 from common.data.sources import find_queries
 from common.distributed import world
@@ -89,7 +89,7 @@ def embed_queries(embedder: Embedder, names: tuple[str, ...]) -> tuple[list[str]
     embeddings = []
     for name, content in usable.items():
         try:
-            photo = embedder.preprocessing.decode(content or Path(name).read_bytes())
+            photo = embedder.preprocessing.decode(content or read_photo(Path(name)))
             embeddings.append(embedder.embed_images([photo]))
         except UnreadablePhotoError as error:
             unusable[name] = str(error)
@@ -159,7 +159,7 @@ def search_photos(engine: SearchEngine, queries: dict[str, bytes | None], k: int
     unusable = {}
     for name, content in queries.items():
         try:
-            data = content or Path(name).read_bytes()
+            data = content or read_photo(Path(name))
             drawn = MAX_RESULTS if len(rows) < MAX_ROWS else 0
             result = engine.search_and_show(Query([(data, WHOLE)]), k, THUMBNAIL, limit=drawn)
             print_results(engine, name, result)

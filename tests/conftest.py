@@ -26,6 +26,16 @@ from common.models.embedder import Embedder
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="repeat random tests as often as docs/reliability.md says")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether random tests are repeated often, which takes minutes to hours."""
+    return request.config.getoption("--full")
+
+
 @pytest.fixture(scope="session")
 def synthetic_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 120 synthetic images, 60 of each class; not to be written to."""

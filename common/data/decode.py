@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import math
 import struct
 import warnings
 from functools import cache
@@ -27,6 +28,7 @@ SNIFFED_BYTES = 64  # of a file, that tell its format
 MAX_PIXELS = 120_000_000  # a larger photo is skipped: decoding it would take gigabytes
 MAX_MISSING = 0.1  # of a photo's rows, that a JPEG file without its end may lack
 MIN_CONTRAST = 32  # of 255, mean, that a drawing on transparency has with white; else it is laid on black
+STRIP_PIXELS = 1 << 20
 VERSION = f"decoding 2, Pillow {PIL.__version__}"  # what pixels depend on beside the file; for cache keys
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS decides, of what is decoded: a JPEG may be decoded at a fraction of its size
@@ -200,25 +202,47 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image.convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return _lay_on_background(image.convert("RGBA"))
+        return _lay_on_background(image)
     return image.convert("RGB")
+
+
+def _strips(width: int, height: int) -> list[tuple[int, int]]:
+    """The first row of each strip of an image and the one behind its last: so that arrays of a large one stay small."""
+    step = max(1, STRIP_PIXELS // width)
+    return [(top, min(top + step, height)) for top in range(0, height, step)]
 
 
 def _scale_to_8_bits(values: np.ndarray) -> Image.Image:
     """From [H, W] of 16 or 32 bits, of which cameras and scanners often use 10, 12 or 14."""
-    values = np.nan_to_num(values.astype(np.float64))
-    largest = values.max()
-    if (values % 257 == 0).all() or largest < 256:  # 8 bits, as they are or stretched to 16
+    strips = [slice(*rows) for rows in _strips(*values.shape[::-1])]
+    largest, is_stretched = -math.inf, True
+    for rows in strips:
+        strip = np.nan_to_num(values[rows].astype(np.float64))
+        largest, is_stretched = max(largest, strip.max()), is_stretched and (strip % 257 == 0).all()
+    if is_stretched or largest < 256:  # 8 bits, as they are or stretched to 16
         largest = 1 if largest <= 1 else 65535 if largest > 255 else 255
     else:
         largest = next((2**bits - 1 for bits in (10, 12, 14, 16) if largest < 2**bits), largest)
-    return Image.fromarray((values * (255 / largest)).clip(0, 255).astype(np.uint8))
+    scaled = np.empty(values.shape, np.uint8)
+    for rows in strips:
+        scaled[rows] = (np.nan_to_num(values[rows].astype(np.float64)) * (255 / largest)).clip(0, 255)
+    return Image.fromarray(scaled)
 
 
 def _lay_on_background(image: Image.Image) -> Image.Image:
-    """RGB from RGBA: on white, or on black where a drawing is as bright as white itself."""
-    alpha = np.asarray(image.getchannel("A"), np.float32)
-    contrast = (255 - np.asarray(image.convert("L"), np.float32)) * alpha
-    is_bright = alpha.any() and contrast.sum() < MIN_CONTRAST * alpha.sum()
-    background = Image.new("RGBA", image.size, "black" if is_bright and (alpha < 255).any() else "white")
-    return Image.alpha_composite(background, image).convert("RGB")
+    """RGB from an image with transparent pixels: on white, or on black where a drawing is as bright as white itself."""
+    boxes = [(0, top, image.width, bottom) for top, bottom in _strips(*image.size)]
+    opacity = contrast = 0.0
+    is_opaque = True
+    for box in boxes:
+        strip = image.crop(box).convert("RGBA")
+        alpha = np.asarray(strip.getchannel("A"), np.float32)
+        opacity, is_opaque = opacity + float(alpha.sum()), is_opaque and bool((alpha == 255).all())
+        contrast += float(((255 - np.asarray(strip.convert("L"), np.float32)) * alpha).sum())
+    is_bright = opacity > 0 and contrast < MIN_CONTRAST * opacity
+    laid = Image.new("RGB", image.size)
+    for box in boxes:
+        strip = image.crop(box).convert("RGBA")
+        background = Image.new("RGBA", strip.size, "black" if is_bright and not is_opaque else "white")
+        laid.paste(Image.alpha_composite(background, strip).convert("RGB"), box)
+    return laid

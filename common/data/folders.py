@@ -1,5 +1,6 @@
 """Which photos lie in a folder, what else does, and the class that folders or file names give each photo."""
 
+import errno
 import fnmatch
 import os
 import re
@@ -32,6 +33,8 @@ OXFORD_DOGS = {
     *("keeshond", "leonberger", "miniature_pinscher", "newfoundland", "pomeranian", "pug", "saint_bernard", "samoyed"),
     *("scottish_terrier", "shiba_inu", "staffordshire_bull_terrier", "wheaten_terrier", "yorkshire_terrier"),
 }
+MAX_BYTES = 1_000_000_000  # of a photo's file
+NO_FILE = "a pipe, socket or device"
 MAX_LISTED = 12  # classes in a message
 MIN_NAMED = 0.9  # of the photos in a folder: names tell classes where at least this fraction fits
 PART_OF_DATA = re.compile(r"(train|val|test|valid|dev|eval)(ing|idation|uation)?([_ -]?(set|data))?\d*", re.IGNORECASE)
@@ -66,6 +69,18 @@ class Found(NamedTuple):
     photos: list[tuple[str, str | None]]  # path relative to the folder, with forward slashes, and class; sorted
     left_out: dict[str, str]  # {path: reason} of all other files, and of folders that can't be opened
     rule: str  # what the classes are named after
+
+
+def read_photo(path: Path) -> bytes:
+    """The content of a photo's file. Raises OSError, also for a pipe or device, which could wait or go on for ever, and
+    for a file of more than `MAX_BYTES`.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EINVAL, NO_FILE, str(path))
+    if status.st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {MAX_BYTES / 1e6:,.0f} MB", str(path))
+    return path.read_bytes()
 
 
 def find_photos(folder: Path, exclude: Sequence[str] = ()) -> Found:
@@ -169,7 +184,7 @@ def _why_system(entry: os.DirEntry, inside: str, stems: set[str]) -> str:
 def _why_no_photo(entry: os.DirEntry) -> str:
     try:
         if not entry.is_file() and not stat.S_ISREG(entry.stat().st_mode):  # opening a pipe would wait for ever
-            return "a pipe, socket or device"
+            return NO_FILE
         if os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             return ""
         with Path(entry.path).open("rb") as stream:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common.config import UserError
 from common.data import synthetic
 from common.data.file_hashes import FileHashes, hash_content
-from common.data.folders import ALL, Found, Selection, describe_classes, find_photos
+from common.data.folders import ALL, Found, Selection, describe_classes, find_photos, read_photo
 from common.data.left_out import count_reasons, report_left_out
 from common.data.sources import require_folder
 from common.device import limit_torch_threads
@@ -105,7 +105,7 @@ class Photos:
             return kept
         path = self.path(index)
         try:
-            data = path.read_bytes()
+            data = read_photo(path)
         except OSError as error:
             raise UserError(f"{path} can no longer be read ({error.strerror}): run again without it") from error
         if hash_content(data) != sha256:
@@ -242,7 +242,7 @@ def _read_chunk(
     contents, failed = [], {}
     for path in paths:
         try:
-            data = (folder / path).read_bytes()
+            data = read_photo(folder / path)
         except OSError as error:
             failed[path] = f"can't be read: {error.strerror}"
             continue

@@ -6,7 +6,7 @@ from pathlib import Path
 from common.config import UserError
 from common.data import download, synthetic
 from common.data.decode import UnreadablePhotoError, decode_photo
-from common.data.folders import find_photos, walk
+from common.data.folders import find_photos, read_photo, walk
 from common.data.web import fetch_photo, is_address
 
 
@@ -68,7 +68,7 @@ def find_queries(names: Iterable[str], exclude: Sequence[str] = ()) -> tuple[dic
                     raise UserError("this folder holds no photo")
                 usable |= {str(Path(name) / path): None for path, _ in inside}
             else:
-                decode_photo(Path(name).read_bytes(), min_size=1)
+                decode_photo(read_photo(Path(name)), min_size=1)
                 usable[name] = None
         except OSError as error:
             unusable[name] = f"{error.strerror}: name a photo, a folder of photos or an http(s) address"

@@ -24,7 +24,7 @@ from torch import nn
 from common.cache import KEY
 from common.config import UserError, first_line
 from common.data.decode import UnreadablePhotoError
-from common.data.folders import walk
+from common.data.folders import read_photo, walk
 from common.extras import require
 from common.models.preprocessing import Preprocessing
 from common.storage import atomic_write
@@ -118,7 +118,7 @@ def calibration_images(folder: Path, preprocessing: Preprocessing) -> np.ndarray
     images = []
     for index in np.unique(np.linspace(0, max(0, len(paths) - 1), NUM_CALIBRATION).astype(int)) if paths else ():
         with contextlib.suppress(UnreadablePhotoError, OSError):
-            images.append(preprocessing.resize_crop(preprocessing.decode((folder / paths[index]).read_bytes())))
+            images.append(preprocessing.resize_crop(preprocessing.decode(read_photo(folder / paths[index]))))
     if not images:
         raise UserError(f"{folder} has no photo to take the ranges of 8-bit numbers from: leave --inference int8 out")
     return np.stack(images)

@@ -1,8 +1,10 @@
+import os
+
 import pytest
 
 from common.config import UserError
 from common.data import sources
-from common.data.folders import find_photos
+from common.data.folders import MAX_BYTES, find_photos
 from common.data.photos import load_photos
 from common.data.sources import find_queries, locate_photos, require_folder
 from common.data.synthetic import draw_dataset, is_synthetic
@@ -108,4 +110,20 @@ def test_a_query_that_cannot_be_fetched_says_why(monkeypatch):
     monkeypatch.setattr(sources, "fetch_photo", refuse)
     assert find_queries(("http://example.org/a.jpg",))[1] == {
         "http://example.org/a.jpg": "the server answered 404 Not Found"
+    }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and devices")
+def test_a_query_that_could_be_read_for_ever_is_refused(tmp_path):
+    pipe, large = tmp_path / "pipe.jpg", tmp_path / "large.jpg"
+    os.mkfifo(pipe)
+    with large.open("wb") as stream:
+        stream.truncate(MAX_BYTES + 1)
+    usable, unusable = find_queries([str(pipe), "/dev/zero", str(large)])
+    what_to_do = "name a photo, a folder of photos or an http(s) address"
+    assert not usable
+    assert unusable == {
+        str(pipe): f"a pipe, socket or device: {what_to_do}",
+        "/dev/zero": f"a pipe, socket or device: {what_to_do}",
+        str(large): f"larger than 1,000 MB: {what_to_do}",
     }
