@@ -8,7 +8,7 @@ from tests.common.data.files import encoded
 
 PIXELS = np.random.default_rng(0).integers(256, size=(9, 7, 4), dtype=np.uint8)
 BRIGHT = np.where(np.arange(4) < 3, 250, PIXELS).astype(np.uint8)
-GREY = PIXELS[..., 0]
+GREY = np.sort(PIXELS[..., 0], axis=None)[::-1].reshape(9, 7)  # brightest first: strips differ
 
 
 @pytest.mark.parametrize(
