@@ -1,17 +1,18 @@
 """What several tests need: a folder of synthetic images, a small network, and a way to run a script as a user does."""
 
 import os
+import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import faiss
 import pytest
+from filelock import FileLock
 
 # Several workers run tests at the same time; and on a busy machine, threads that wait for each other in every operation
 # take ten times as long.
@@ -22,8 +23,7 @@ import torch
 from common.data.synthetic import draw_dataset
 from common.models.backbones import load_backbone
 from common.models.embedder import Embedder
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.forks import ROOT, Forks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,9 +37,26 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def synthetic_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def for_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A folder that the first worker that asks for it fills, and the others find."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name / "complete").exists():
+                (shared / name).mkdir()
+                fill(shared / name)
+                (shared / name / "complete").touch()
+        return shared / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_photos(for_all_workers: Callable) -> Path:
     """A folder of 120 synthetic images, 60 of each class; not to be written to."""
-    return draw_dataset(tmp_path_factory.mktemp("photos") / "synthetic", count=120, seed=1)
+    return for_all_workers("drawn", lambda folder: draw_dataset(folder / "synthetic", count=120, seed=1)) / "synthetic"
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +84,20 @@ def offline(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, synthetic_photos: Path) -> Path:
+def forks() -> Iterator[Forks]:
+    """To run scripts without importing torch each time."""
+    with Forks() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def trained(for_all_workers: Callable, synthetic_photos: Path, forks: Forks) -> Path:
     """Results of each approach with a small checkpoint, trained on the synthetic images; not to be written to."""
-    folder = tmp_path_factory.mktemp("trained")
-    data = ("--data", str(synthetic_photos), "--weights", "none", "--epochs", "1")
+    return for_all_workers("trained", lambda folder: _train(synthetic_photos, folder, forks)) / "results"
+
+
+def _train(photos: Path, folder: Path, forks: Forks) -> None:
+    data = ("--data", str(photos), "--weights", "none", "--epochs", "1")
     size = ("--image-size", "64", "--view-size", "64")
     squeezenet = ("--backbone", "squeezenet1_1")
     for script, options in (
@@ -78,43 +105,43 @@ def trained(tmp_path_factory: pytest.TempPathFactory, synthetic_photos: Path) ->
         ("autoencoder", (*squeezenet, "--output-size", "32", "--feature-weight", "0")),
         ("cnn_feature_extraction", squeezenet),
     ):
-        command = [sys.executable, str(ROOT / f"{script}.py"), *data, *size, *options]
-        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        ended = forks.run([str(ROOT / f"{script}.py"), *data, *size, *options], folder)
         assert ended.returncode == 0, ended.stderr
-    return folder / "results"
 
 
 @pytest.fixture
-def run_script(tmp_path: Path, offline: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a script of the repository from the shell, in an empty folder and without a network."""
+def run_script(tmp_path: Path, offline: dict[str, str], forks: Forks) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a script of the repository as from the shell, in an empty folder and without a network."""
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script), *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=300)
+        return forks.run([str(ROOT / script), *arguments], tmp_path, offline)
 
     return run
 
 
 @contextmanager
-def served_page(folder: Path, *flags: str, environment: dict[str, str] | None = None, port: int = 0) -> Iterator[str]:
+def served_page(
+    forks: Forks, folder: Path, *flags: str, environment: Mapping[str, str] = os.environ, port: int = 0
+) -> Iterator[str]:
     """The address of the page of `python app.py`, started in `folder`, until the block ends; `port` 0: a free one."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a page that has just ended, as servers do
         free.bind(("127.0.0.1", port))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}/"
-    command = [sys.executable, str(ROOT / "app.py"), "--no-open-browser", "--port", str(port), *flags]
-    with (folder / "page.log").open("w") as log:
-        served = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    arguments = [str(ROOT / "app.py"), "--no-open-browser", "--port", str(port), *flags]
+    log = folder / "page.log"
+    log.write_text("")
+    served = forks.start(arguments, folder, log, log, environment)
     try:
         for _ in range(600):
             try:
                 urllib.request.urlopen(address, timeout=5).close()
                 break
             except OSError:
-                assert served.poll() is None, (folder / "page.log").read_text()
+                assert not forks.has_ended(served), log.read_text()
                 time.sleep(0.1)
         yield address
     finally:
-        served.terminate()
-        served.wait()
+        os.kill(served, signal.SIGTERM)
+        forks.wait(served)

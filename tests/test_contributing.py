@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -26,10 +24,9 @@ def test_the_example_is_short():
     assert len(EXAMPLE.splitlines()) < 60
 
 
-def test_one_file_is_a_new_approach(tmp_path, environment, synthetic_photos):
+def test_one_file_is_a_new_approach(forks, tmp_path, environment, synthetic_photos):
     def run(script, *arguments):
-        command = [sys.executable, str(script), *arguments]
-        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        ended = forks.run([str(script), *arguments], tmp_path, environment)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
@@ -45,7 +42,7 @@ def test_one_file_is_a_new_approach(tmp_path, environment, synthetic_photos):
     assert "[toy](toy.py) (synthetic images)" in run(ROOT / "compare.py")
 
     direct = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]}  # Gradio calls itself, which no proxy may take
-    with served_page(tmp_path, environment=direct) as address:
+    with served_page(forks, tmp_path, environment=direct) as address:
         Client(address.rstrip("/")).search(photo.read_bytes(), "toy")  # raises if nothing is found
 
 

@@ -86,7 +86,7 @@ def test_the_first_approach_that_was_trained_answers_unless_one_is_named(
     assert found[0] == found[1] != found[2]
 
 
-def test_the_gallery_is_found_from_another_folder(run_script, offline, synthetic_photos, tmp_path, monkeypatch):
+def test_the_gallery_is_found_from_another_folder(run_script, forks, offline, synthetic_photos, tmp_path, monkeypatch):
     """Where the run was given a relative one; if it has gone, no other of that name is searched."""
     shutil.copytree(synthetic_photos, tmp_path / "pets")
     small = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--epochs", "0")
@@ -94,11 +94,8 @@ def test_the_gallery_is_found_from_another_folder(run_script, offline, synthetic
     assert ended.returncode == 0, ended.stderr
     (tmp_path / "elsewhere").mkdir()
     photo = sorted((tmp_path / "pets").rglob("*.jpg"))[0]
-    arguments = (str(photo), "--results", str(tmp_path / "results"))
-    command = [sys.executable, str(ROOT / "search.py"), *arguments]
-    ended = subprocess.run(
-        command, cwd=tmp_path / "elsewhere", env=offline, capture_output=True, text=True, timeout=300
-    )
+    arguments = [str(ROOT / "search.py"), str(photo), "--results", str(tmp_path / "results")]
+    ended = forks.run(arguments, tmp_path / "elsewhere", offline)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(str(tmp_path.resolve() / "pets")) >= 5
     assert (tmp_path / "results" / "search.png").exists()

@@ -1,6 +1,7 @@
 """Principal components."""
 
 import torch
+from torch.nn import functional
 
 
 def principal_components(vectors: torch.Tensor, dim: int, whitening: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -13,8 +14,14 @@ def principal_components(vectors: torch.Tensor, dim: int, whitening: float) -> t
     """
     mean = vectors.mean(0)
     centered = (vectors - mean).double()
-    variances, directions = torch.linalg.eigh(centered.T @ centered / len(vectors))  # the smallest first
-    variances, directions = variances.flip(0)[:dim], directions.flip(1)[:, :dim]
+    if len(vectors) < vectors.shape[1]:  # the smaller matrix has the same variances
+        variances, weights = torch.linalg.eigh(centered @ centered.T / len(vectors))  # the smallest first
+        directions = functional.normalize(centered.T @ weights, dim=0)
+    else:
+        variances, directions = torch.linalg.eigh(centered.T @ centered / len(vectors))
+    missing = max(0, dim - len(variances))
+    variances = functional.pad(variances.flip(0)[:dim], (0, missing))
+    directions = functional.pad(directions.flip(1)[:, :dim], (0, missing))
     smallest = (1e-6 * variances[0]).clamp(min=1e-30)
     scales = torch.where(variances > smallest, variances.clamp(min=smallest) ** (-whitening / 2), 0)
     length = (variances * scales**2).sum().clamp(min=1e-30).sqrt()  # root of the mean squared length

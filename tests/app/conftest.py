@@ -17,11 +17,11 @@ PATIENCE = 20_000  # milliseconds
 
 
 @pytest.fixture(scope="session")
-def address(trained, tmp_path_factory):
+def address(forks, trained, tmp_path_factory):
     """The page of `python app.py`, served as a user would, on a machine behind a proxy, which doesn't answer."""
     flags, folder = ("--results", str(trained), "--max-megabytes", "5"), tmp_path_factory.mktemp("served")
     environment = os.environ | dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
-    with served_page(folder, *flags, environment=environment) as address:
+    with served_page(forks, folder, *flags, environment=environment) as address:
         yield address
     said = (folder / "page.log").read_text()
     assert f"by siamese, 108 photos by autoencoder, 108 photos by cnn feature extraction: open {address[:-1]}" in said

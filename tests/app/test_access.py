@@ -174,9 +174,9 @@ def test_another_machine_needs_a_password(run_script, offline):
     assert "set PAGE_AUTH=name:password in the environment first" in ended.stderr
 
 
-def test_a_password_is_asked_for(trained, tmp_path):
+def test_a_password_is_asked_for(forks, trained, tmp_path):
     environment = os.environ | {"PAGE_AUTH": "anna:secret"}
-    with served_page(tmp_path, "--results", str(trained), environment=environment) as address:
+    with served_page(forks, tmp_path, "--results", str(trained), environment=environment) as address:
         for path in ("config", "gradio_api/component_server"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(

@@ -99,11 +99,11 @@ def test_back_forward_reload_and_a_link(page, visit, address, photos):
     assert page.locator("#history img").count() == 2
 
 
-def test_a_restart_of_the_server_loses_nothing(visit, trained, photos, tmp_path):
+def test_a_restart_of_the_server_loses_nothing(forks, visit, trained, photos, tmp_path):
     folder, mine = tmp_path / "served", tmp_path / "mine.png"
     folder.mkdir()
     Image.open(photos[5]).rotate(5).save(mine)
-    with served_page(folder, "--results", str(trained)) as address:
+    with served_page(forks, folder, "--results", str(trained)) as address:
         page = visit(address)
         give(page, mine)
         wait_for_photos(page, 10)
@@ -111,7 +111,7 @@ def test_a_restart_of_the_server_loses_nothing(visit, trained, photos, tmp_path)
     port = int(address.rstrip("/").rpartition(":")[2])
     page.get_by_label("autoencoder").check()
     wait_for_text(page, "#status", "The server does not answer")
-    with served_page(folder, "--results", str(trained), port=port) as again:
+    with served_page(forks, folder, "--results", str(trained), port=port) as again:
         assert again == address
         page.get_by_label("siamese").check()
         wait_for_photos(page, 10)
@@ -121,12 +121,12 @@ def test_a_restart_of_the_server_loses_nothing(visit, trained, photos, tmp_path)
         assert tiles(page) == before
 
 
-def test_photos_that_go_and_come(visit, trained, synthetic_photos, photos, tmp_path):
+def test_photos_that_go_and_come(forks, visit, trained, synthetic_photos, photos, tmp_path):
     library = tmp_path / "pictures"  # a flat folder: one class, which tells nothing
     library.mkdir()
     for number, photo in enumerate(photos[:40]):
         shutil.copy(photo, library / f"{number:02}.jpg")
-    with served_page(tmp_path, "--results", str(trained), "--index", str(library), "--cache", "none") as address:
+    with served_page(forks, tmp_path, "--results", str(trained), "--index", str(library), "--cache", "none") as address:
         page = visit(address)
         give(page, photos[50])
         wait_for_photos(page, 10)

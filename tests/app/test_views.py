@@ -11,7 +11,7 @@ from tests.conftest import served_page
 
 
 @pytest.fixture(scope="module")
-def library(trained, photos, tmp_path_factory):
+def library(forks, trained, photos, tmp_path_factory):
     """The address of a page that searches a folder with copies in it, and the folder."""
     folder = tmp_path_factory.mktemp("library")
     pictures = folder / "pictures"
@@ -22,7 +22,7 @@ def library(trained, photos, tmp_path_factory):
     first = Image.open(pictures / "2024" / "01.jpg")
     first.resize((150, 150)).save(pictures / "2024" / "smaller.jpg")
     shutil.copy(pictures / "2024" / "03.jpg", pictures / "2025" / "rome" / "same.jpg")
-    with served_page(folder, "--results", str(trained), "--index", str(pictures), "--cache", "none") as address:
+    with served_page(forks, folder, "--results", str(trained), "--index", str(pictures), "--cache", "none") as address:
         yield address, pictures
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,18 +22,37 @@ def run(count, *arguments, cwd=None):
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    ended = run(1, str(WORKER), str(folder))
-    assert ended.returncode == 0, ended.stderr
+def started(forks, folder, count, *arguments):
+    """The processes of a run, which meet as those that torchrun starts."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    everywhere = {**os.environ, "PYTHONPATH": str(ROOT)}
+    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in map(str, range(count)):
+        log = folder / f"{rank}.log"
+        own = everywhere | (place | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {})
+        processes.append(forks.start(arguments, folder, log, log, own))
+    return processes
+
+
+def ended(forks, folder, count, *arguments):
+    """Lets a run end well."""
+    processes = started(forks, folder, count, *arguments)
+    assert [forks.wait(each) for each in processes] == [0] * count, (folder / "0.log").read_text()
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, forks):
+    return ended(forks, tmp_path_factory.mktemp("one"), 1, str(WORKER), ".")
+
+
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_as_one_does(one_process, tmp_path, count):
-    ended = run(count, str(WORKER), str(tmp_path))
-    assert ended.returncode == 0, ended.stderr
+def test_several_processes_train_as_one_does(one_process, forks, tmp_path, count, full):
+    if count > 2 and not full:
+        pytest.skip("with --full")
+    ended(forks, tmp_path, count, str(WORKER), ".")
     for approach in APPROACHES:
         one, several = (torch.load(folder / f"{approach}.pt", weights_only=True) for folder in (one_process, tmp_path))
         assert one["network"].keys() == several["network"].keys()
@@ -60,25 +80,17 @@ def test_a_script_started_by_torchrun(synthetic_photos, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_killed_process_ends_the_run(synthetic_photos, tmp_path):
+def test_a_killed_process_ends_the_run(forks, synthetic_photos, tmp_path):
     options = ("--data", str(synthetic_photos), "--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "500")
     sizes = ("--image-size", "64", "--view-size", "48", "--batch-size", "16", "--results", str(tmp_path))
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(ROOT / "siamese.py"), *options, *sizes]
-    first, second = (
-        subprocess.Popen(command, env={**environment, "RANK": rank}, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    )
+    first, second = started(forks, tmp_path, 2, str(ROOT / "siamese.py"), *options, *sizes)
     checkpoint = tmp_path / "siamese.pt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    second.kill()
-    _, errors = first.communicate(timeout=60)
-    second.communicate()
-    assert first.returncode == 2
+    os.kill(second, signal.SIGKILL)
+    assert forks.wait(first) == 2
+    errors = (tmp_path / "0.log").read_text()
     assert "another process of this run was lost" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors

@@ -7,10 +7,11 @@ from common.models.pca import principal_components
 
 
 @pytest.mark.parametrize("whitening", [0.0, 0.25, 1.0])
-def test_the_principal_components_are_those_of_scikit_learn(whitening):
+@pytest.mark.parametrize("size", [6, 80])  # fewer and more than there are vectors
+def test_the_principal_components_are_those_of_scikit_learn(whitening, size):
     """But for the sign of each; with variances v^(1 - whitening) whose sum is 1."""
     rng = np.random.default_rng(0)
-    vectors = (rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3).astype(np.float32)
+    vectors = (rng.normal(size=(50, 6)) @ rng.normal(size=(6, size)) + 3).astype(np.float32)
     pca = PCA(4).fit(vectors)
     variances = pca.explained_variance_ ** (1 - whitening)
     expected = pca.transform(vectors) / pca.explained_variance_**0.5 * (variances / variances.sum()) ** 0.5
