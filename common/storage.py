@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import shutil
 import tempfile
 import time
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from common.config import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 STALE_SECONDS = 3600  # what a killed process left unfinished is removed by a later one after this time
 
@@ -35,6 +41,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk has no name
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, purpose: str) -> Iterator[None]:
+    """Within, no other process is in such a block for `folder`: it waits, and says that it waits for the `purpose`.
+
+    The system lets the next one in however a process ends. Not on Windows, and not on network drives without locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process: {purpose}", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # no locks on this drive
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Download the photos of cats and dogs:  python -m common.data.download"""
 
+import hashlib
 import shutil
 import stat
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -17,14 +19,19 @@ from tqdm import tqdm
 from common.config import UserError, run_script
 from common.data.folders import walk
 from common.data.web import encode_address, explain
-from common.storage import atomic_write
+from common.storage import alone_in, atomic_write
 
 ADDRESSES = (
     "https://storage.googleapis.com/kaggle-data-sets/550917/1003830/bundle/archive.zip",
     "https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/kagglecatsanddogs_5340.zip",
 )
+SHA256 = {  # of archives, as TensorFlow Datasets and others publish it
+    ADDRESSES[1]: "b7974bd00a84a99921f36ee4403f089853777b5ae8d151c76a86e64900334af9",
+}
 FOLDER = "cats-and-dogs"
 TIMEOUT = 10.0  # seconds without an answer
+MIN_SPEED, MEASURED = 10_000, 60.0  # bytes per second, that an address must send when measured for these seconds
+MAX_RATIO = 20  # of the size of what an archive unpacks to and its own; photos are hardly packed
 ATTEMPTS = 5  # an address may fail this often in a row without sending a byte
 CHUNK = 1 << 20  # bytes
 
@@ -49,12 +56,19 @@ def download(home: Path, addresses: Sequence[str] = ADDRESSES) -> Path:
     folder = home / FOLDER
     if folder.is_dir() and _is_complete(folder):
         return folder
+    (home / ".cache").mkdir(parents=True, exist_ok=True)
+    with alone_in(home / ".cache", "the download of the photos"):
+        if folder.is_dir():  # that has unpacked it in the meantime
+            return folder
+        return _download(home, folder, addresses)
+
+
+def _download(home: Path, folder: Path, addresses: Sequence[str]) -> Path:
     failures = []
     for address in addresses:
         host = urlsplit(address).hostname
         archive = home / ".cache" / f"{host}-{PurePosixPath(urlsplit(address).path).name}"
         try:
-            archive.parent.mkdir(parents=True, exist_ok=True)
             _fetch(address, archive)
             _unzip(archive, folder)
             archive.unlink(missing_ok=True)
@@ -103,12 +117,23 @@ def _fetch(address: str, archive: Path) -> None:
         except (urllib.error.URLError, HTTPException, OSError) as error:
             complete, problem = False, explain(error)
         if complete:
+            if address in SHA256 and _sha256(part) != SHA256[address]:
+                part.unlink()
+                raise DownloadError("sent another file than the published one, by its SHA-256")
             part.replace(archive)
             return
         grown = part.exists() and part.stat().st_size > offset
         failed = 0 if grown else failed + 1
         if failed >= (ATTEMPTS if offset else 1):
             raise DownloadError(problem)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _receive(address: str, part: Path, offset: int) -> bool:
@@ -126,9 +151,14 @@ def _receive(address: str, part: Path, offset: int) -> bool:
             part.open("ab" if resumed else "wb") as file,
             tqdm(desc=label, total=total, initial=offset, unit="B", unit_scale=True) as bar,
         ):
-            while chunk := answer.read(CHUNK):
+            started, received = time.monotonic(), 0
+            while chunk := answer.read1(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
+                received += len(chunk)
+                seconds = time.monotonic() - started
+                if seconds > MEASURED and received < MIN_SPEED * seconds:
+                    raise DownloadError(f"sends less than {MIN_SPEED / 1000:.0f} kB per second")
         return total is None or part.stat().st_size == total
 
 
@@ -139,7 +169,10 @@ def _unzip(archive: Path, folder: Path) -> None:
             members = [member for member in opened.infolist() if not member.is_dir()]
             for member in members:
                 _check_member(member)
-            if sum(member.file_size for member in members) > shutil.disk_usage(archive.parent).free:
+            size = sum(member.file_size for member in members)
+            if size > MAX_RATIO * archive.stat().st_size + CHUNK:
+                raise zipfile.BadZipFile(f"it unpacks to {size / 1e9:.1f} GB, which photos don't")
+            if size > shutil.disk_usage(archive.parent).free:
                 raise DownloadError("the unpacked photos don't fit on the disk")
             temporary.mkdir()
             for member in tqdm(members, "unpacking", unit=" files"):

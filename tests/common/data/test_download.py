@@ -1,7 +1,10 @@
+import hashlib
 import io
+import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +40,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, tuple[int, bytes]] = {}
         self.breaks, self.break_after, self.ranges_work = 0, 0, True
+        self.pause = 0.0  # seconds before an answer
         self.requests: list[tuple[str, str | None]] = []
 
     def handle_error(self, request, client_address):
@@ -50,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, wanted = self.server, self.headers.get("Range")
         server.requests.append((self.path, wanted))
+        time.sleep(server.pause)
         status, body = server.files.get(self.path, (404, b""))
         begin = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges_work else 0
         if begin and begin >= len(body):
@@ -240,14 +245,42 @@ def test_from_the_shell_without_a_network(home, offline):
     assert everything(home) == []
 
 
-def test_two_processes_download_at_the_same_time(server, tmp_path, monkeypatch):
-    unzip = download._unzip
+def test_two_processes_download_at_the_same_time(server, tmp_path, forks):
+    """The second one waits for the first, and takes its photos."""
+    code = "from pathlib import Path; from common.data.download import download; download(Path('.'), ['%s'])"
+    server.pause = 1.0
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    arguments = ("-c", code % server.address("/archive.zip"))
+    processes = [forks.start(arguments, tmp_path, log, log) for log in logs]
+    assert [forks.wait(process) for process in processes] == [0, 0], [log.read_text() for log in logs]
+    assert (tmp_path / "cats-and-dogs" / "PetImages" / "Cat" / "1.jpg").read_bytes() == PHOTO
+    assert len(server.requests) == 1
+    assert sum("waiting for another process: the download of the photos" in log.read_text() for log in logs) == 1
 
-    def unzip_after_another(archive, folder):
-        monkeypatch.setattr(download, "_unzip", unzip)
-        download.download(tmp_path, [server.address("/archive.zip")])
-        unzip(archive, folder)
 
-    monkeypatch.setattr(download, "_unzip", unzip_after_another)
-    folder = download.download(tmp_path, [server.address("/archive.zip")])
-    assert (folder / "PetImages" / "Cat" / "1.jpg").read_bytes() == PHOTO
+def test_another_archive_than_the_published_one_is_refused(server, home, monkeypatch):
+    address = server.address("/archive.zip")
+    monkeypatch.setitem(download.SHA256, address, hashlib.sha256(GOOD).hexdigest())
+    assert everything(download.download(home, [address])) != []
+    shutil.rmtree(home)
+    monkeypatch.setitem(download.SHA256, address, hashlib.sha256(GOOD + b"x").hexdigest())
+    with pytest.raises(UserError, match="sent another file than the published one, by its SHA-256"):
+        download.download(home, [address])
+    assert everything(home) == []
+
+
+def test_an_archive_that_unpacks_to_much_more_than_photos_is_refused(server, home):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("PetImages/Cat/1.jpg", bytes(50_000_000))
+    server.files["/archive.zip"] = (200, buffer.getvalue())
+    with pytest.raises(UserError, match=r"it unpacks to 0\.1 GB, which photos don't"):
+        download.download(home, [server.address("/archive.zip")])
+    assert everything(home) == []
+
+
+def test_an_address_that_sends_too_slowly_is_given_up(server, home, monkeypatch):
+    monkeypatch.setattr(download, "MEASURED", 0.0)
+    monkeypatch.setattr(download, "MIN_SPEED", 1e12)
+    with pytest.raises(UserError, match=r"127\.0\.0\.1: sends less than 1000000000 kB per second"):
+        download.download(home, [server.address("/archive.zip")])

@@ -1,5 +1,7 @@
+import contextlib
 import sys
 import threading
+import time
 import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,6 +18,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"photo")
+        elif self.path in ("/slow-head", "/slow-body"):  # never silent for long, never done
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if self.path == "/slow-body" else b""))
+            with contextlib.suppress(OSError):
+                for _ in range(400):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
         elif self.path.startswith("/to/"):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
@@ -55,6 +63,23 @@ def all_public(monkeypatch):
         ("fe80::1%eth0", False),
         ("::ffff:10.0.0.1", False),
         ("224.0.0.1", False),
+        ("2002:808:808::1", True),  # 6to4 of 8.8.8.8
+        ("2002:7f00:1::1", False),
+        ("64:ff9b::808:808", True),  # NAT64, as networks without IPv4 reach 8.8.8.8
+        ("64:ff9b::a00:1", False),
+        ("64:ff9b:1::808:808", False),
+        ("::7f00:1", False),
+        ("::ffff:808:808", True),
+        ("::", False),
+        ("2001:0:7f00:1::1", False),  # Teredo
+        ("fec0::1", False),
+        ("fd00::1", False),
+        ("100.64.0.1", False),
+        ("192.0.0.170", False),
+        ("198.18.0.1", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("0.0.0.0", False),
     ],
 )
 def test_which_addresses_are_public(address, public):
@@ -125,3 +150,13 @@ def test_a_file_above_the_limit_is_refused(server, all_public, monkeypatch):
     monkeypatch.setattr(web, "LIMIT", 4)
     with pytest.raises(UserError, match="larger than"):
         fetch_photo(f"{server}/photo.jpg")
+
+
+@pytest.mark.parametrize("path", ["slow-head", "slow-body"])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(server, all_public, monkeypatch, path):
+    monkeypatch.setattr(web, "DEADLINE", 0.5)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="it takes more than 0 seconds"):
+        fetch_photo(f"{server}/{path}")
+    assert time.monotonic() - started < 5
+    assert fetch_photo(f"{server}/photo.jpg") == b"photo"
