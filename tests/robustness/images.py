@@ -3,7 +3,7 @@
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -32,16 +32,19 @@ def sample(width: int = SIDE, height: int = SIDE) -> Image.Image:
 def sound() -> dict[str, bytes]:
     """Files of every format and kind that are complete."""
     image = sample()
-    alpha = image.convert("RGBA")
-    alpha.putalpha(128)
-    frames = {"save_all": True, "append_images": [image.rotate(90), image.rotate(180)]}
-    pages = {"save_all": True, "append_images": [sample()]}  # as an image keeps options of its last encoding
-    wide = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[274], exif[270] = 6, "x" * 60_000
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    texts = PngInfo()
-    texts.add_text("comment", "x" * 100_000, zip=True)
+    files = _sound_jpegs(image, exif, profile) | _sound_pngs(image, exif, profile) | _sound_tiffs(image)
+    return files | _other_sound(image, exif)
+
+
+def _frames() -> dict[str, Any]:
+    """Options to save an image as the first of three."""
+    return {"save_all": True, "append_images": [sample().rotate(90), sample().rotate(180)]}
+
+
+def _sound_jpegs(image: Image.Image, exif: Image.Exif, profile: bytes) -> dict[str, bytes]:
     files = {
         "jpeg": encoded(image, "JPEG"),
         "jpeg progressive": encoded(image, "JPEG", progressive=True),
@@ -53,50 +56,73 @@ def sound() -> dict[str, bytes]:
         "jpeg comment": encoded(image, "JPEG", comment=b"x" * 60_000),
         **{f"jpeg quality {quality}": encoded(image, "JPEG", quality=quality) for quality in (1, 30, 100)},
         **{f"jpeg sampling {kind}": encoded(image, "JPEG", subsampling=kind) for kind in (0, 1, 2)},
-        "mpo": encoded(image, "MPO", **frames),
+        "mpo": encoded(sample(), "MPO", **_frames()),
+    }
+    for orientation in range(1, 9):
+        upright = Image.Exif()
+        upright[274] = orientation
+        files[f"jpeg orientation {orientation}"] = encoded(image, "JPEG", exif=upright)
+    return files
+
+
+def _sound_pngs(image: Image.Image, exif: Image.Exif, profile: bytes) -> dict[str, bytes]:
+    alpha = image.convert("RGBA")
+    alpha.putalpha(128)
+    texts = PngInfo()
+    texts.add_text("comment", "x" * 100_000, zip=True)
+    return {
         "png": encoded(image),
         "png alpha": encoded(alpha),
         "png palette": encoded(image.quantize(16)),
         "png transparent palette": encoded(image.quantize(16), transparency=15),
         "png grey alpha": encoded(alpha.convert("LA")),
         "png 1 bit": encoded(image.convert("1")),
-        "png 16 bit": encoded(wide),
+        "png 16 bit": encoded(_wide(image)),
         "png 16 bit rgb": png(2, 16, bytes(range(96)) * 3 * SIDE),
         "png text": encoded(image, pnginfo=texts),
         "png profile": encoded(image, icc_profile=profile * 40),
         "png exif": encoded(image, exif=exif),
-        "png animated": encoded(image, "PNG", **frames),
-        "gif": encoded(image, "GIF"),
-        "gif animated": encoded(image, "GIF", **frames),
-        "gif comment": encoded(image, "GIF", comment=b"x" * 100_000),
-        "webp": encoded(image, "WEBP"),
-        "webp lossless": encoded(alpha, "WEBP", lossless=True),
-        "webp animated": encoded(image, "WEBP", **frames),
-        "webp exif": encoded(image, "WEBP", exif=exif),
-        **{f"bmp {mode}": encoded(image.convert(mode), "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")},
-        **{
-            f"tiff {kind}": encoded(image, "TIFF", compression=kind)
-            for kind in ("raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits", "jpeg")
-        },
+        "png animated": encoded(sample(), "PNG", **_frames()),
+    }
+
+
+def _wide(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits."""
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+
+
+def _sound_tiffs(image: Image.Image) -> dict[str, bytes]:
+    compressions = ("raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits", "jpeg")
+    return {
+        **{f"tiff {kind}": encoded(sample(), "TIFF", compression=kind) for kind in compressions},
         "tiff group4": encoded(image.convert("1"), "TIFF", compression="group4"),
         "tiff float": encoded(image.convert("F"), "TIFF"),
-        "tiff 16 bit": encoded(wide, "TIFF"),
+        "tiff 16 bit": encoded(_wide(image), "TIFF"),
         "tiff 32 bit": encoded(image.convert("I"), "TIFF"),
         "tiff cmyk": encoded(image.convert("CMYK"), "TIFF"),
         "tiff lab": encoded(Image.merge("LAB", image.split()), "TIFF"),
-        "tiff pages": encoded(sample(), "TIFF", **pages),
-        "tiff big": encoded(image, "TIFF", big_tiff=True),
+        "tiff pages": encoded(sample(), "TIFF", save_all=True, append_images=[sample()]),
+        "tiff big": encoded(sample(), "TIFF", big_tiff=True),
+    }
+
+
+def _other_sound(image: Image.Image, exif: Image.Exif) -> dict[str, bytes]:
+    alpha = image.convert("RGBA")
+    return {
+        "gif": encoded(image, "GIF"),
+        "gif animated": encoded(sample(), "GIF", **_frames()),
+        "gif comment": encoded(image, "GIF", comment=b"x" * 100_000),
+        "webp": encoded(image, "WEBP"),
+        "webp lossless": encoded(alpha, "WEBP", lossless=True),
+        "webp animated": encoded(sample(), "WEBP", **_frames()),
+        "webp exif": encoded(image, "WEBP", exif=exif),
+        **{f"bmp {mode}": encoded(image.convert(mode), "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")},
         "avif": encoded(image, "AVIF"),
-        "avif animated": encoded(image, "AVIF", **frames),
+        "avif animated": encoded(sample(), "AVIF", **_frames()),
         "jpeg 2000": encoded(image, "JPEG2000"),
         "jpeg 2000 stream": encoded(image, "JPEG2000", no_jp2=True),
         "jpeg 2000 lossy": encoded(image, "JPEG2000", irreversible=True, quality_layers=[20]),
     }
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[274] = orientation
-        files[f"jpeg orientation {orientation}"] = encoded(image, "JPEG", exif=exif)
-    return files
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -60,3 +60,8 @@ def epochs_resumed(log: str) -> int:
 def half_written(folder: Path) -> list[str]:
     """What a run has left that another one would have to remove."""
     return sorted(str(path) for path in folder.rglob("*.part*"))
+
+
+def neighbours(printed: str) -> list[str]:
+    """The lines of search.py that name neighbours."""
+    return re.findall(r"^ +\d+  [\d.]+  .*$", printed, re.MULTILINE)

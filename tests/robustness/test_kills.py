@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.robustness.runs import OPTIONS, command, epochs_done, epochs_resumed, half_written, outcome
+from tests.robustness.runs import OPTIONS, command, epochs_done, epochs_resumed, half_written, neighbours, outcome
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and signals")
 
@@ -77,11 +77,6 @@ def test_a_killed_run_goes_on_where_it_stood_and_ends_the_same(approach, forks, 
         if is_last:
             different = [name for name, value in outcome(folder, approach).items() if value != expected[name]]
             assert different == [], f"{folder}: {log}"
-
-
-def neighbours(log):
-    """The lines of search.py that name neighbours."""
-    return re.findall(r"^ +\d+  [\d.]+  .*$", log, re.MULTILINE)
 
 
 def test_a_killed_search_finds_the_same(forks, few_photos, tmp_path, full):
