@@ -10,6 +10,7 @@ conditions are shown but not ranked.
 2008): photos with similar embeddings lie together.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +20,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
-from common.config import Range, UserError, run_script
+from common.config import Range, UserError, printable, run_script
 from common.data.split import load_split
 from common.report.comparison import (
     Result,
@@ -81,7 +82,7 @@ def rows_of(results: dict[str, Result]) -> list[list[str]]:
     for name, result in results.items():
         scores = [score_cell(score_of(result, metric), metric, name in best[metric]) for metric in columns]
         costs = [cost_cell(result, results, column) for column in COSTS]
-        rows.append([f"[{name}]({result['approach']}.py){remarks(result)}", *scores, *costs])
+        rows.append([f"[{plain(name)}]({plain(result['approach'])}.py){remarks(result)}", *scores, *costs])
     for baseline, label in BASELINES.items():
         holder = next((each for each in results.values() if baseline in each["baselines"]), None)
         if holder:
@@ -113,9 +114,14 @@ def cost_cell(result: Result, results: dict[str, Result], column: str) -> str:
     return f"**{text}**" if comparable and len(values) > 1 and read(result) == choose(values) else text
 
 
+def plain(name: str) -> str:
+    """The name of a file or folder as text in Markdown."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(name))
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return ["| " + " | ".join(row) + " |" for row in ([plain(name) for name in head], ["---"] * len(head), *rows)]
 
 
 def table(results: dict[str, Result]) -> str:
@@ -124,16 +130,16 @@ def table(results: dict[str, Result]) -> str:
     first = next(iter(results.values()))
     dataset, difference = first["dataset"], cost_difference(results.values())
     costs = f" Training time and speeds are not ranked: they differ in {difference}." if difference else ""
-    searched = {name: result.get("search", {}) for name, result in results.items()}
-    approximate = [f"{name} by {by['engine']}" for name, by in searched.items() if by.get("engine", "exact") != "exact"]
+    engines = {plain(name): result.get("search", {}).get("engine", "exact") for name, result in results.items()}
+    approximate = [f"{name} by {engine}" for name, engine in engines.items() if engine != "exact"]
     if approximate:
         costs += f" Searched approximately, which may miss neighbours: {', '.join(approximate)}."
     lines = [
         *markdown(head, rows),
         "",
-        f"{dataset['gallery']:,} photos of {dataset['name']} in the gallery, {dataset['queries']:,} queries, split "
-        f"{first['config']['split']}, seed {first['config']['seed']}; {' and '.join(machines(results))}. ± is half the "
-        "95 % interval. **Bold**: the best of a column, and each score that is not worse beyond chance "
+        f"{dataset['gallery']:,} photos of {plain(dataset['name'])} in the gallery, {dataset['queries']:,} queries, "
+        f"split {first['config']['split']}, seed {first['config']['seed']}; {' and '.join(machines(results))}. "
+        "± is half the 95 % interval. **Bold**: the best of a column, and each score that is not worse beyond chance "
         f"({'on the same queries' if all(each['per_query'] for each in results.values()) else 'intervals overlap'})."
         + costs,
     ]
@@ -151,7 +157,7 @@ def differences(results: dict[str, Result]) -> str:
             best = max(scored, key=lambda other: scored[other]["value"], default=name)
             found = None if best == name else paired_difference(result, results[best], metric)
             cells.append(f"{found[0]:+.3f} ({found[1]:+.3f} to {found[2]:+.3f})" if found else "best" * (best == name))
-        rows.append([name, *cells])
+        rows.append([plain(name), *cells])
     if not any("(" in cell for row in rows for cell in row[1:]):
         return ""
     text = "\n".join(markdown(["difference from the best", *columns], rows))
@@ -171,7 +177,7 @@ def spread(results: dict[str, Result]) -> str:
             values = [score["value"] for name in group if (score := score_of(results[name], metric))]
             cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
         seeds = ", ".join(str(results[name]["config"]["seed"]) for name in group)
-        rows.append([f"{group[0]}, seeds {seeds}", *cells])
+        rows.append([f"{plain(group[0])}, seeds {seeds}", *cells])
     text = "\n".join(markdown(["over seeds", *columns], rows))
     return f"\n{text}\n\nMean ± standard deviation over runs that differ in the seed alone: of split and training.\n"
 

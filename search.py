@@ -21,7 +21,7 @@ from typing import Annotated
 
 import numpy as np
 
-from common.config import EngineConfig, Range, UserError, run_script
+from common.config import EngineConfig, Range, UserError, printable, run_script
 from common.data.decode import UnreadablePhotoError
 from common.data.folders import Selection, read_photo
 from common.data.photos import load_library
@@ -68,19 +68,20 @@ class Config(EngineConfig):
 
 def print_results(engine: SearchEngine, name: str, result: SearchResult) -> None:
     """Prints a query and its neighbours."""
-    print(f"\n{name}  ({sum(result.milliseconds.values()):.0f} ms)")
+    print(f"\n{printable(name)}  ({sum(result.milliseconds.values()):.0f} ms)")
     for index in result.exact_duplicates:
-        print(f"      the same file, left out: {engine.gallery.path(index)}")
+        print(f"      the same file, left out: {printable(engine.gallery.path(index))}")
     for reason in result.lost.values():
-        print(f"      left out: {reason}")
+        print(f"      left out: {printable(reason)}")
     if not result.indices:
         print("      there is no other photo to search")
     for rank, (index, similarity) in enumerate(zip(result.indices, result.similarities, strict=True), 1):
         class_name = engine.gallery.class_name(index)
-        print(f"{rank:4}  {similarity:.3f}  {class_name}{'  ' if class_name else ''}{engine.gallery.path(index)}")
+        place = f"{class_name}{'  ' if class_name else ''}{engine.gallery.path(index)}"
+        print(f"{rank:4}  {similarity:.3f}  {printable(place)}")
         copies = result.copies.get(index, [])
         for number, copy in enumerate(copies, 1):
-            print(f"             copy {number} of {len(copies)}: {engine.gallery.path(copy)}")
+            print(f"             copy {number} of {len(copies)}: {printable(engine.gallery.path(copy))}")
 
 
 def embed_queries(embedder: Embedder, names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
@@ -110,6 +111,7 @@ def print_pairs(names: list[str], distances: np.ndarray, verification: dict[str,
             (name, *(f"{distance:.6f}" for distance in row)) for name, row in zip(names, distances, strict=True)
         )
         return
+    names = [printable(name) for name in names]
     width = max(len(name) for name in names)
     print("Euclidean distances between the embeddings, from 0 (the same) to 2\n")
     print(" " * width, *(f"{number:6}" for number in range(1, len(names) + 1)))
@@ -167,7 +169,7 @@ def search_photos(engine: SearchEngine, queries: dict[str, bytes | None], k: int
                 rows.append(search_row(engine, Path(name).name, result))
         except (UserError, UnreadablePhotoError, OSError) as error:
             unusable[name] = str(error)
-            print(f"error: {name}: {error}", file=sys.stderr)
+            print(f"error: {printable(f'{name}: {error}')}", file=sys.stderr)
     if rows:
         subheading = f"{engine.approach}  |  {len(engine.gallery):,} photos of {engine.gallery.name}"
         if len(rows) < len(queries):
@@ -208,7 +210,7 @@ def main(config: Config) -> None:
     only = config.only or None
     usable, unusable = find_queries(config.photos, config.exclude)  # before hours of embedding
     for name, reason in unusable.items():
-        print(f"error: {name}: {reason}", file=sys.stderr)
+        print(f"error: {printable(f'{name}: {reason}')}", file=sys.stderr)
     if not usable:
         raise UserError("none of the query photos can be used: see above")
     engine = load_engine(approach, import_module, results, config.index, cache, config.device, pretrained, config, only)

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import RunConfig, UserError, run_script
+from common.config import RunConfig, UserError, printable, run_script
 
 BUDGET_BYTES = 20_000_000_000  # of a cache
 IN_USE_SECONDS = 86_400  # what was used since then is not removed to make room
@@ -48,7 +48,7 @@ def list_entries(cache: Path) -> list[Entry]:
         with contextlib.suppress(OSError):  # removed by another process
             if re.fullmatch("[0-9a-f]{32}", folder.name) and (folder / KEY).is_file():
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                key = (folder / KEY).read_text(encoding="utf-8").strip()
+                key = (folder / KEY).read_text(encoding="utf-8", errors="backslashreplace").strip()
                 entries.append(Entry((folder / KEY).stat().st_mtime, size, folder, key))
     return sorted(entries)
 
@@ -89,7 +89,7 @@ def main(config: Config) -> None:
     for entry in entries:
         used = datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
         key = re.sub("([0-9a-f]{8})[0-9a-f]{56}", r"\1", entry.key)  # of a network's weights
-        print(f"{entry.size / 1e6:10,.1f} MB  {used}  {key[:100]}")
+        print(f"{entry.size / 1e6:10,.1f} MB  {used}  {printable(key[:100])}")
     print(f"{cache}: {total} of at most {BUDGET_BYTES / 1e9:.0f} GB; --empty removes it")
 
 

@@ -26,6 +26,13 @@ class UserError(Exception):
     """Something that the user can fix: the message says what was wrong, with which file or value, and what to do."""
 
 
+def printable(text: object) -> str:
+    """A text as one line for a terminal: what would move the cursor, begin a line or turn the order of letters around,
+    as names of files may, is escaped.
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has none."""
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -184,12 +191,13 @@ def run_script(main: Callable[[Any], Any], config_class: type, description: str 
         with quiet_unless_first(), terminated_like_ctrl_c():
             main(parse_config(config_class, description or ""))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno is None:
             raise
-        print("error: " + (f"{error.filename}: " if error.filename else "") + str(error.strerror), file=sys.stderr)
+        place = f"{printable(error.filename)}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT

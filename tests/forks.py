@@ -68,7 +68,8 @@ class Forks:
             timer.start()
             status = self.wait(process)
             timer.cancel()
-            return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
+            printed = (each.read_text(errors="backslashreplace") for each in (out, err))
+            return subprocess.CompletedProcess(list(arguments), status, *printed)
 
     def _request(self, *request: Any) -> Any:
         assert self.server.stdin

@@ -3,10 +3,7 @@
 import csv
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 
 import pytest
@@ -18,7 +15,6 @@ import cnn_feature_extraction
 from cnn_feature_extraction import Config, CosineClassifier
 from common.device import limit_torch_threads
 from common.models.embedder import Embedder
-from tests.conftest import ROOT
 
 SCRIPT = "cnn_feature_extraction.py"
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "none", "--image-size", "64", "--view-size", "48")
@@ -144,30 +140,6 @@ def test_mistakes_end_with_2_and_one_sentence(run_script, synthetic_photos, tmp_
     assert ended.returncode == 2, ended.stderr
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals differ on Windows")
-@pytest.mark.parametrize("stop", ["SIGTERM", "SIGKILL"])  # by name: Windows has no SIGKILL
-def test_stopped_while_embedding(synthetic_photos, tmp_path, offline, run_script, stop):
-    slow = ("--data", str(synthetic_photos), "--backbone", "vgg16", "--weights", "none", "--image-size", "224")
-    command = [sys.executable, str(ROOT / SCRIPT), *slow]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=offline, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as running:
-        seen = b""
-        while b"reading photos:  " not in seen:
-            seen += running.stderr.read(1)
-        time.sleep(1)
-        running.send_signal(getattr(signal, stop))
-        _, error = running.communicate(timeout=60)
-    assert running.returncode == (143 if stop == "SIGTERM" else -9)
-    assert b"Traceback" not in error
-    assert list((tmp_path / "results").glob("*")) == []  # the folder may not exist yet
-    left = [path.name for path in (tmp_path / "data").rglob("*") if path.is_file()]
-    assert all(name == "key.txt" or name.endswith(".npy") for name in left)
-    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *SMALL)
-    assert ended.returncode == 0
-    assert read(tmp_path)["dataset"]["gallery"] == 108
 
 
 def test_a_run_opens_each_photo_once_and_embeds_it_once(synthetic_photos, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.config import UserError, parse_config
 from common.report.comparison import read_results
-from compare import Config, differences, main, rows_of, spread, table
+from compare import Config, differences, main, plain, rows_of, spread, table
 
 
 def score(value):
@@ -195,3 +195,8 @@ def test_another_seed_is_refused(run_script, trained, tmp_path):
     assert ended.returncode == 2
     assert "config.seed differs, 0 and 7" in ended.stderr
     assert not (tmp_path / "results" / "comparison.md").exists()
+
+
+def test_names_are_text_in_markdown():
+    assert plain("resnet18.avg_pool-1") == "resnet18.avg_pool-1"
+    assert plain("[a](javascript:b) | *c* <d>\n`e`") == r"\[a\](javascript:b) \| \*c\* \<d\>\\n\`e\`"

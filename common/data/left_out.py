@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.config import printable
 from common.storage import report_unwritable, write_csv
 
 MAX_NAME = 100  # characters of the folder in the name of its list
@@ -33,5 +34,5 @@ def report_left_out(folder: Path, reasons: Mapping[str, str], lists: Path | None
             write_csv(path, ("path", "reason"), sorted(reasons.items()))
             listed = f"; all are listed in {path}"
     if reasons:
-        print(f"left out of {folder}: {count_reasons(reasons)}{listed}", flush=True)
+        print(printable(f"left out of {folder}: {count_reasons(reasons)}{listed}"), flush=True)
     return listed

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from common.config import UserError
+from common.config import UserError, printable
 from common.data import synthetic
 from common.data.file_hashes import FileHashes, hash_content
 from common.data.folders import ALL, Found, Selection, describe_classes, find_photos, read_photo
@@ -147,7 +147,7 @@ def load_photos(
     """
     found = _find(folder, selection)
     if labelled:
-        print(f"{folder}: {describe_classes(found)}", flush=True)
+        print(printable(f"{folder}: {describe_classes(found)}"), flush=True)
     else:
         found = found._replace(photos=[(path, NO_CLASS) for path, _ in found.photos])
     reasons = {

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from common.config import UserError
+from common.config import UserError, printable
 from common.data.decode import UnreadablePhotoError, decode_photo
 from common.data.photos import Photos
 from common.report.pictures import MAX_RESULTS, THUMBNAIL, Tile, draw_rows
@@ -32,7 +32,7 @@ def report_copies(photos: Photos, copies: Copies, results: Path) -> None:
     for number, group in enumerate(groups, 1):
         print(f"\ngroup {number}: {len(group)} photos")
         for index in group:
-            print(f"{sizes[index]:14,} bytes  {copies.correlations[index]:.3f}  {photos.path(index)}")
+            print(f"{sizes[index]:14,} bytes  {copies.correlations[index]:.3f}  {printable(photos.path(index))}")
     listed = [
         (number, photos.path(index), sizes[index], f"{copies.correlations[index]:.4f}")
         for number, group in enumerate(groups, 1)

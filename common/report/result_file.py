@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
+from common.config import printable
 from common.data.split import TestSet
 from common.retrieval.distortions import KINDS
 from common.retrieval.protocol import Evaluation
@@ -90,19 +91,20 @@ def neighbours_csv(test: TestSet, evaluation: Evaluation) -> str:
 def summary(result: dict) -> str:
     """The scores that a person looks for first, as a few lines of text."""
     dataset, model, timing = result["dataset"], result["model"], result["timing"]
-    counts = ", ".join(f"{count:,} {name}" for name, count in list(dataset["classes"].items())[:6])
+    counts = ", ".join(f"{count:,} {printable(name)}" for name, count in list(dataset["classes"].items())[:6])
     counts += f", ... of {len(dataset['classes']):,} classes" if len(dataset["classes"]) > 6 else ""
     counts = f" ({counts})" if len(dataset["classes"]) > 1 else ""
     near_copies = dataset.get("near_copies", 0)
     lines = [
         f"\n{result['approach']}: {model['backbone']}, weights {model['weights']}, {model['embedding_dim']} dimensions",
-        f"{dataset['name']}: {dataset['gallery']:,} photos in the gallery{counts}, {dataset['queries']:,} queries, "
-        f"{len(dataset['skipped'])} skipped\n",
+        f"{printable(dataset['name'])}: {dataset['gallery']:,} photos in the gallery{counts}, "
+        f"{dataset['queries']:,} queries, {len(dataset['skipped'])} skipped\n",
         *([NEAR_COPIES.format(near_copies)] if near_copies else []),
         *score_table(result, SUMMARY),
     ]
     for name, also in result.get("also", {}).items():
-        lines += [f"\n{name}: {also['queries']:,} queries, {also['classes']:,} classes, each photo against all others"]
+        counts = f"{also['queries']:,} queries, {also['classes']:,} classes"
+        lines += [f"\n{printable(name)}: {counts}, each photo against all others"]
         lines += score_table(also, ALSO_SUMMARY)
     latency = timing["query_latency_ms"]
     lines.append(

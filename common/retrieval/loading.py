@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from common.config import EngineConfig, UserError
+from common.config import EngineConfig, UserError, printable
 from common.data.folders import Selection, walk
 from common.data.photos import NO_CLASS, Photos, load_library
 from common.data.sources import require_folder
@@ -59,7 +59,7 @@ def load_available(results: Path, load: Callable[[str], T], needs_gallery: bool 
     if not loaded:
         raise UserError("; ".join(problems))
     for problem in problems:
-        print(f"left out: {problem}", flush=True)
+        print(printable(f"left out: {problem}"), flush=True)
     return loaded
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,6 +15,7 @@ from common.config import (
     check_ranges,
     hyperparameters,
     parse_config,
+    printable,
 )
 
 RUNS = ("siamese", "cnn_feature_extraction", "autoencoder")
@@ -209,3 +211,9 @@ def test_patterns_to_exclude_may_be_repeated_and_leave_the_photos_alone():
     assert (searched.exclude, searched.photos) == (("*.gif", "raw/"), ("a.jpg", "b.jpg"))
     trained = parse_config(config_of("siamese"), "", ["--exclude", "*.gif", "raw/", "--exclude", "old"])
     assert trained.exclude == ("*.gif", "raw/", "old")
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    assert printable("Zoë's 写真 01.jpg") == "Zoë's 写真 01.jpg"
+    assert printable("a\nb\x1b[2J\u202e\x07") == r"a\nb\x1b[2J\u202e\x07"
+    assert printable(os.fsdecode(b"\xff.jpg")) == r"\udcff.jpg"
