@@ -7,7 +7,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import faiss
@@ -119,20 +119,26 @@ def run_script(tmp_path: Path, offline: dict[str, str], forks: Forks) -> Callabl
     return run
 
 
+class Page(str):
+    """The address of a page that is served."""
+
+    process: int  # that serves it
+
+
 @contextmanager
 def served_page(
     forks: Forks, folder: Path, *flags: str, environment: Mapping[str, str] = os.environ, port: int = 0
-) -> Iterator[str]:
+) -> Iterator[Page]:
     """The address of the page of `python app.py`, started in `folder`, until the block ends; `port` 0: a free one."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a page that has just ended, as servers do
         free.bind(("127.0.0.1", port))
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}/"
+    address = Page(f"http://127.0.0.1:{port}/")
     arguments = [str(ROOT / "app.py"), "--no-open-browser", "--port", str(port), *flags]
     log = folder / "page.log"
     log.write_text("")
-    served = forks.start(arguments, folder, log, log, environment)
+    address.process = served = forks.start(arguments, folder, log, log, environment)
     try:
         for _ in range(600):
             try:
@@ -143,5 +149,6 @@ def served_page(
                 time.sleep(0.1)
         yield address
     finally:
-        os.kill(served, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(served, signal.SIGTERM)
         forks.wait(served)
