@@ -33,6 +33,16 @@ POLL_SECONDS = 0.5  # between looks at what other processes have embedded
 LOST_SECONDS = 4 * FLUSH_SECONDS  # without news from them, after which their images are embedded here
 
 
+class NotFiniteError(UserError):
+    """A network has given NaN or infinity, for the rows of float32 [B, D] that are not `finite`, bool [B]."""
+
+    index = 0  # of the first such image, where images have indices
+
+    def __init__(self, embeddings: np.ndarray, finite: np.ndarray) -> None:
+        super().__init__("the network's embeddings hold NaN or infinity: lower learning_rate, or name other weights")
+        self.embeddings, self.finite = embeddings, finite
+
+
 class Embedder:
     """A network with all that it needs to embed photos; moves it to `device`, channels last.
 
@@ -112,8 +122,14 @@ class Embedder:
         for start in range(0, len(files), self.batch_size):
             keys, images, failed = decode_files(files[start : start + self.batch_size], self.preprocessing)
             unusable |= failed
-            if keys:
+            if not keys:
+                continue
+            try:
                 self.rows.put(np.array(keys, "S64"), self.embed_batch(images))
+            except NotFiniteError as error:
+                self.rows.put(np.array(keys, "S64")[error.finite], error.embeddings[error.finite])
+                broken = np.flatnonzero(~error.finite)
+                unusable |= {keys[place]: "the network's embedding of it holds NaN or infinity" for place in broken}
         return unusable
 
     def flush(self) -> None:
@@ -132,7 +148,7 @@ class Embedder:
         """float32 [B, D], L2-normalized, of the pixels that `resize_crop` returns, uint8 [B, S, S, 3].
 
         Where the device has no memory for so many, in smaller batches from then on. Raises `UserError` if it has none
-        for a single photo, and if the network gives NaN or infinity.
+        for a single photo; `NotFiniteError`.
         """
         parts: list[np.ndarray] = []
         while (done := sum(map(len, parts))) < len(images):
@@ -149,8 +165,8 @@ class Embedder:
                     self.batch_limit = half
                     print(f"{name} is out of memory: {half} photos at a time from now on", flush=True)
         embeddings = np.concatenate(parts)
-        if not np.isfinite(embeddings).all():
-            raise UserError("the network's embeddings hold NaN or infinity: lower learning_rate, or name other weights")
+        if not (finite := np.isfinite(embeddings).all(axis=1)).all():
+            raise NotFiniteError(embeddings, finite)
         return embeddings
 
     def _compute(self, images: np.ndarray) -> np.ndarray:
@@ -172,11 +188,19 @@ class Embedder:
         waits for another inside it, as it would with one batch spread over all. `label` names a progress bar.
         """
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+
+        def embed(batch: np.ndarray) -> np.ndarray:
+            try:
+                return self.embed_batch(load_images(batch))
+            except NotFiniteError as error:
+                error.index = int(batch[~error.finite][0])
+                raise
+
         with (
             limit_torch_threads() as threads,
             tqdm(desc=label, total=len(indices), unit=" photos", disable=not label) as bar,
         ):
-            embedded = parallel_map(lambda batch: self.embed_batch(load_images(batch)), batches, prefetch=threads)
+            embedded = parallel_map(embed, batches, prefetch=threads)
             for batch, embeddings in zip(batches, embedded, strict=True):
                 bar.update(len(batch))
                 yield batch, embeddings
@@ -233,8 +257,11 @@ class Embedder:
             time.sleep(POLL_SECONDS)
 
     def embed_photos(self, photos: Photos, label: str = "") -> np.ndarray:
-        """float32 [N, D], L2-normalized; raises `UserError` for a photo that has changed or gone."""
-        return self.embed(photos.sha256, partial(self.decoded.load, photos), label)
+        """float32 [N, D], L2-normalized; raises `UserError` for a photo that has changed or gone, or gives NaN."""
+        try:
+            return self.embed(photos.sha256, partial(self.decoded.load, photos), label)
+        except NotFiniteError as error:
+            raise UserError(f"{photos.path(error.index)}: {error}") from error
 
     def open_photos(self, photos: Photos) -> StoredRows:
         """As `embed_photos`, but the embeddings stay in the cache and are read when they are asked for."""
