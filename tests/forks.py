@@ -29,8 +29,11 @@ IMPORTED = (
 class Forks:
     """Starts programs and waits for them; a context."""
 
+    def __init__(self, imported: Sequence[str] = IMPORTED) -> None:
+        self.imported = imported
+
     def __enter__(self) -> "Forks":
-        command = [sys.executable, "-m", "tests.forks"]
+        command = [sys.executable, "-m", "tests.forks", *self.imported]
         pipe = subprocess.PIPE
         self.server = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
         return self
@@ -148,7 +151,7 @@ if __name__ == "__main__":
     import threading
     import traceback
 
-    for each in IMPORTED:
+    for each in sys.argv[1:]:
         importlib.import_module(each)
     for line in sys.stdin:
         kind, *details = json.loads(line)

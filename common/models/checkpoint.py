@@ -15,7 +15,7 @@ SCHEMA = 5  # version of the fields below
 RESUMABLE_FIELDS = {
     *("data", "queries", "also", "weights", "group_duplicates"),
     *("results", "cache", "resume", "device", "precision", "inference", "embed_batch_size", "compile"),
-    *("engine", "graph_code", "graph_depth", "exclude", "allow_unreadable", "copy_threshold"),
+    *("engine", "graph_code", "graph_depth", "milvus", "collection", "exclude", "allow_unreadable", "copy_threshold"),
 }
 
 
