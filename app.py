@@ -21,7 +21,7 @@ from common.extras import require
 from common.report.page import MissingPhotosError, PageServer
 from common.retrieval.engine import SearchEngine
 from common.retrieval.loading import load_available, load_engine
-from common.serving import Guard, bypass_proxy, is_own_machine, required_password
+from common.serving import Guard, bypass_proxy, encodable, is_own_machine, required_password
 from common.storage import cache_folder
 
 COMPONENT = Path(__file__).with_name("app.html")  # what the browser shows and does
@@ -62,11 +62,11 @@ def answering(method: Callable[[dict], dict]) -> Callable[[dict], dict]:
     @functools.wraps(method)
     def answer(request: dict) -> dict:
         try:
-            return method(request)
+            return encodable(method(request))
         except MissingPhotosError as error:
             return {"missing": error.ids}
         except (UserError, UnreadablePhotoError) as error:
-            return {"error": str(error)}
+            return {"error": encodable(str(error))}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return {"error": "the server does not understand this request: reload the page"}
 

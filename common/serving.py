@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.config import UserError
 
-PASSWORD = "PAGE_AUTH"  # the environment variable with the name and password that other machines must give
+PASSWORD = "PAGE_AUTH"  # the environment variable with the name and password that other machines must give  # noqa: S105
 
 
 def is_own_machine(host: str) -> bool:
@@ -131,6 +131,15 @@ class RecentPhotos:
             if key in self._files:
                 self._files.move_to_end(key)
             return self._files.get(key)
+
+
+def encodable(value: Any) -> Any:
+    """A value for JSON whose texts UTF-8 can encode: the names of some files have bytes that it can't, here escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {encodable(key): encodable(each) for key, each in value.items()}
+    return [encodable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def decode_base64(text: str) -> bytes:

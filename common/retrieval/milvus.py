@@ -26,7 +26,7 @@ from common.models.embedder import Embedder
 from common.retrieval.approximate import ApproximateKNN, unique_ids
 from common.retrieval.graph import CONSTRUCTION_DEPTH, LINKS
 
-TOKEN = "MILVUS_TOKEN"  # in the environment, "user:password" or an API key
+TOKEN = "MILVUS_TOKEN"  # in the environment, "user:password" or an API key  # noqa: S105
 NO_PROXY = "no_grpc_proxy"  # in the environment, as gRPC reads it
 METRIC = "COSINE"
 PROPERTY = "image_similarity_search"  # of a collection, JSON: what it belongs to

@@ -11,6 +11,7 @@ import pytest
 
 from tests.app.conftest import give, wait_for, wait_for_photos, wait_until_searched
 from tests.conftest import served_page
+from tests.robustness.runs import HOSTILE_NAMES
 
 RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
 
@@ -184,3 +185,29 @@ def test_a_password_is_asked_for(forks, trained, tmp_path):
                 )
             assert refused.value.code == 401
     assert "secret" not in (tmp_path / "page.log").read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names can't be made there")
+def test_names_of_files_are_never_more_than_text(forks, visit, trained, photos, tmp_path):
+    for number, name in enumerate(HOSTILE_NAMES):
+        place = tmp_path / "photos" / ("<img src=x onerror=alert(2)>" if number % 2 else "a&lt;b</script>")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(photos[number].read_bytes())
+    flags = ("--results", str(trained), "--index", str(tmp_path / "photos"), "--cache", "none")
+    with served_page(forks, tmp_path, *flags) as address:
+        page, dialogs = visit(address), []
+        page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
+        give(page, photos[50])
+        wait_for_photos(page, 10)
+        titles = page.eval_on_selector_all(".tile", "tiles => tiles.map(tile => tile.title)")
+        assert all(title.split("/")[-1] for title in titles)
+        for place in range(10):
+            page.locator(f".tile >> nth={place}").press("Enter")
+            page.wait_for_selector("#details[open]")
+            assert page.inner_text("#details-name").strip()
+            page.keyboard.press("Escape")
+        assert page.locator("img[src=x]").count() == 0
+        assert dialogs == []
+    log = (tmp_path / "page.log").read_text(errors="backslashreplace")
+    assert "Traceback" not in log
+    assert "\x1b" not in log

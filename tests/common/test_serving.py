@@ -155,3 +155,12 @@ def test_a_system_that_opens_nothing(monkeypatch):
     monkeypatch.setattr(serving.sys, "platform", "linux")
     with pytest.raises(UserError, match="xdg-open can't be started here: the file is /p/a.jpg"):
         open_file(Path("/p/a.jpg"), in_folder=False)
+
+
+def test_names_that_utf_8_cannot_encode_are_escaped_for_json():
+    name = os.fsdecode(b"\xff.jpg")
+    answer = serving.encodable({"results": [{"name": name, "similarity": 0.5}, (name, None)], name: True})
+    assert answer == {
+        "results": [{"name": "\\udcff.jpg", "similarity": 0.5}, ["\\udcff.jpg", None]],
+        "\\udcff.jpg": True,
+    }

@@ -1,6 +1,7 @@
 """Small runs of each script, and what they must have written."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,22 @@ OPTIONS = {
     "autoencoder": (*TRAINED, "--output-size", "32", "--feature-weight", "0"),
     "cnn_feature_extraction": SMALL,
 }
+
+HOSTILE_NAMES = (  # of files
+    "line\nbreak.jpg",
+    "<img src=x onerror=alert(1)>.jpg",
+    "[click](javascript:alert(1)) **bold** `code` | cell.jpg",
+    "%2e%2e%2fsecret.jpg",
+    "..jpg",
+    "--help.jpg",
+    "\x1b[2J\x1b]0;title\x07.jpg",
+    "\u202egpj.exe.jpg",
+    "{0.__class__}%s%n.jpg",
+    "' or 1=1; --.jpg",
+    "=cmd|' calc'!A0.jpg",
+    "a" * 250 + ".jpg",
+    os.fsdecode(b"\xff\xfe not UTF-8.jpg"),
+)
 
 
 def command(approach: str, photos: Path) -> tuple[str, ...]:

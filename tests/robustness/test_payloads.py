@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.robustness.runs import SMALL, command
+from tests.robustness.runs import HOSTILE_NAMES, SMALL, command
 
 
 class Payload:
@@ -119,23 +119,6 @@ def test_no_file_that_carries_code_is_executed(make, whole, forks, few_photos, t
         assert ended.stderr.count("error: ") >= 1
         assert "Traceback" not in ended.stderr
     assert not executed.exists()
-
-
-HOSTILE_NAMES = (
-    "line\nbreak.jpg",
-    "<img src=x onerror=alert(1)>.jpg",
-    "[click](javascript:alert(1)) **bold** `code` | cell.jpg",
-    "%2e%2e%2fsecret.jpg",
-    "..jpg",
-    "--help.jpg",
-    "\x1b[2J\x1b]0;title\x07.jpg",
-    "\u202egpj.exe.jpg",
-    "{0.__class__}%s%n.jpg",
-    "' or 1=1; --.jpg",
-    "=cmd|' calc'!A0.jpg",
-    "a" * 250 + ".jpg",
-    os.fsdecode(b"\xff\xfe not UTF-8.jpg"),
-)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="such names can't be made there")
