@@ -60,6 +60,15 @@ def test_contrastive_loss_by_hand():
     assert contrastive_loss(embeddings, labels, 1.5, 1.5, "avg_non_zero") == pytest.approx(pushed / 2)
 
 
+def test_contrastive_loss_over_the_pairs_that_have_one():
+    """On a circle: two positive pairs at small distances, which count, and one at none, which doesn't."""
+    angles = torch.tensor([0.0, 0.5, 2.0, 2.4, 4.0, 4.0])
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    loss = contrastive_loss(embeddings, torch.tensor([0, 0, 1, 1, 2, 2]), 0.01, 0.0, "avg_non_zero")
+    near = ((2 * math.sin(0.25) - 0.01) ** 2 + (2 * math.sin(0.2) - 0.01) ** 2) / 2
+    assert loss.item() == pytest.approx(near / 2, rel=1e-3)
+
+
 def test_contrastive_loss_of_equal_photos_has_a_gradient():
     embeddings = torch.ones(3, 2, requires_grad=True)
     contrastive_loss(functional.normalize(embeddings), torch.tensor([0, 0, 1]), 0.0, 1.0, "mean").backward()

@@ -6,6 +6,7 @@ doesn't, a sign, a number, a minimum for a maximum. A mutant that passes the tes
 
 import ast
 import os
+import re
 import shutil
 import signal
 import time
@@ -29,7 +30,27 @@ TARGETS = {  # module: (functions that are changed, none: all; what tests it; mu
     "common/models/losses.py": ((), "tests/common/models/test_losses.py", 10),
 }
 MAX_SECONDS = 120
-EQUIVALENT: dict[str, str] = {}  # mutants that change nothing that counts: why
+ONLY_SPEED = "changes how much is compared at a time, or how many candidates are compared exactly"
+NEVER = "of a zip whose sides always have the same length"
+EQUIVALENT = {  # mutants that change no result: why
+    "exact.py: FEW_QUERIES // len(queries) -> FEW_QUERIES * len(queries)": ONLY_SPEED,
+    "exact.py: len(queries) < MANY_QUERIES -> len(queries) <= MANY_QUERIES": ONLY_SPEED,
+    "exact.py: 2 * (queries.shape[1] / 4 + 4) * FLOAT32_EPSILON -> 2 * (queries.shape[1] / 4 + 4) / FLOAT32_EPSILON": (
+        ONLY_SPEED
+    ),
+    "exact.py: scores >= scores[:, k - 1:k] - tolerance -> scores > scores[:, k - 1:k] - tolerance": (
+        "differs where a score is at the bound to the last bit, and the bound has room"
+    ),
+    "exact.py: False -> True": "torch checks what is right",
+    "metrics.py: True -> False": NEVER,
+    "rough.py: 1024 -> 1025": ONLY_SPEED,
+    "rough.py: 16 -> 17": ONLY_SPEED,
+    "rough.py: 1 -> 2": ONLY_SPEED,
+    "rough.py: threshold > 0 -> threshold >= 0": "differs for a bound of exactly 0, for which both hold",
+    "split.py: True -> False": NEVER,
+    "split.py: len(copies) > 1 -> len(copies) >= 1": "a class of one content is decided on before",
+    "triplet.py: 0 -> 1": "of sums that no negative reads: behind the last finite one",
+}
 IMPORTED = ("torch", "torchvision", "sklearn.metrics", "torchmetrics", "pytorch_metric_learning", "hypothesis", "faiss")
 COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 COMPUTED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
@@ -76,7 +97,7 @@ def mutants(path: Path, functions: tuple[str, ...]) -> list[tuple[str, str]]:
             before, original = ast.unparse(node), getattr(node, name)
             setattr(node, name, value)
             place = f"{path.name}:{node.lineno}:{node.col_offset}"
-            found[f"{place} {before[:60]} -> {ast.unparse(node)[:60]}"] = ast.unparse(tree)
+            found[f"{place} {before} -> {ast.unparse(node)}"] = ast.unparse(tree)
             setattr(node, name, original)
     return sorted(found.items())
 
@@ -140,4 +161,5 @@ def test_most_mutants_are_killed(full, tmp_path):
         survivors = runner.survivors(chosen)
     print(f"{len(chosen)} mutants, {len(survivors)} survive:", *survivors, sep="\n")
     assert len(chosen) >= 60
-    assert len(set(survivors) - EQUIVALENT.keys()) <= 0.1 * len(chosen)
+    unexplained = [each for each in survivors if re.sub(r":\d+:\d+ ", ": ", each) not in EQUIVALENT]
+    assert len(unexplained) <= 0.1 * len(chosen)

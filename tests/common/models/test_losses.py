@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.models.losses import info_nce, structural_similarity, unsupervised_losses
+from common.models.losses import info_nce, pairwise_distances, structural_similarity, unsupervised_losses
 
 
 def test_info_nce_by_hand():
@@ -59,3 +59,13 @@ def test_structural_similarity():
         luminance = (2 * first.mean() * second.mean() + 1e-4) / (first.mean() ** 2 + second.mean() ** 2 + 1e-4)
         expected += luminance * (2 * covariance + 9e-4) / (first.var() + second.var() + 9e-4) / 3
     assert structural_similarity(image, other).item() == pytest.approx(expected)
+
+
+def test_distances_of_unit_vectors():
+    embeddings = functional.normalize(torch.tensor([[1.0, 0], [0, 1], [-1, 0], [3, 4]])).requires_grad_()
+    distances = pairwise_distances(embeddings)
+    expected = torch.cdist(embeddings, embeddings)
+    assert torch.allclose(distances, expected, atol=2e-3)
+    assert distances[0].tolist() == pytest.approx([0, 2**0.5, 2, 0.8**0.5], abs=1e-3)
+    distances.sum().backward()
+    assert embeddings.grad.isfinite().all()

@@ -128,6 +128,15 @@ def test_interval_of_the_mean():
     assert metrics.with_intervals({"a": values}) == {"a": found["a"]}  # the same resamples each time
 
 
+def test_the_interval_holds_95_percent_of_the_resamples():
+    table = np.random.default_rng(0).random((2, 50))
+    found = metrics.with_intervals({"a": table[0], "b": table[1]})
+    means = np.sort(metrics.bootstrap_means(table), axis=1)
+    for name, row in zip("ab", means, strict=True):
+        assert ((row >= found[name]["low"]) & (row <= found[name]["high"])).mean() == 0.95
+        assert (row < found[name]["low"]).mean() == 0.025
+
+
 def test_blocks_of_resamples_are_the_resamples(monkeypatch):
     table = np.random.default_rng(0).random((3, 40))
     whole = metrics.bootstrap_means(table, 5)
