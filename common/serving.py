@@ -1,5 +1,6 @@
 """Who can open a page that is served here, and what it keeps and sends."""
 
+import asyncio
 import base64
 import os
 import re
@@ -18,6 +19,9 @@ from PIL import Image
 from common.config import UserError
 
 PASSWORD = "PAGE_AUTH"  # the environment variable with the name and password that other machines must give  # noqa: S105
+WITH_BODY = ("POST", "PUT", "PATCH")
+MAX_WAITING = 100  # requests that are answered, or wait for that
+STALL_SECONDS = 30.0  # without a byte of a request's body
 
 
 def is_own_machine(host: str) -> bool:
@@ -49,11 +53,12 @@ class Guard:
     """ASGI middleware: refuses what no visitor of the page sends.
 
     That is a request that another site's page makes in the visitor's browser, under its own name (DNS rebinding) or
-    this one's, and a body of more than `max_bytes` or of unknown size.
+    this one's, a body of more than `max_bytes` or of unknown size, or one that stalls for `STALL_SECONDS`. While
+    `MAX_WAITING` requests are answered, a further one is told to come again.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], host: str, max_bytes: int) -> None:
-        self.app, self.host, self.max_bytes = app, host, max_bytes
+        self.app, self.host, self.max_bytes, self.waiting = app, host, max_bytes, 0
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Answers, or hands on; see the ASGI specification."""
@@ -64,7 +69,25 @@ class Guard:
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
             return
-        await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] not in WITH_BODY:
+            await self.app(scope, receive, send)
+            return
+        is_whole = False
+
+        async def receive_in_time() -> dict[str, Any]:
+            nonlocal is_whole
+            try:  # behind the body comes only the end of the connection, however late
+                message = await asyncio.wait_for(receive(), None if is_whole else STALL_SECONDS)
+            except asyncio.TimeoutError:
+                return {"type": "http.disconnect"}
+            is_whole = not message.get("more_body", False)
+            return message
+
+        self.waiting += 1
+        try:
+            await self.app(scope, receive_in_time, send)
+        finally:
+            self.waiting -= 1
 
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -74,7 +97,9 @@ class Guard:
             return 403, f"this page is not served as {name}"
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "this page answers no other site"
-        if scope["method"] in ("POST", "PUT", "PATCH"):
+        if scope["method"] in WITH_BODY:
+            if self.waiting >= MAX_WAITING:
+                return 503, "too many requests at once: try again"
             size = headers.get(b"content-length", "")
             if not size.isdigit():
                 return 411, "a request must say its size"

@@ -89,6 +89,58 @@ def test_a_body_has_a_size(size, status):
     assert answer_of(Guard(served, "localhost", 100), "POST", **headers) == status
 
 
+def test_a_body_that_stalls_ends_the_request(monkeypatch):
+    monkeypatch.setattr(serving, "STALL_SECONDS", 0.05)
+    received = []
+
+    async def read_all(_scope, receive, _send):
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            received.append(message["body"])
+        received.append(message["type"])
+
+    async def receive():
+        if not received:
+            return {"type": "http.request", "body": b"half", "more_body": True}
+        return await asyncio.sleep(60)
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"8")]
+    guard = Guard(read_all, "localhost", 100)
+    asyncio.run(guard({"type": "http", "method": "POST", "headers": headers}, receive, None))
+    assert received == [b"half", "http.disconnect"]
+    assert guard.waiting == 0
+
+
+def test_behind_a_whole_body_nothing_is_awaited_in_time(monkeypatch):
+    """An application that listens for the end of the connection while it works isn't told of one."""
+    monkeypatch.setattr(serving, "STALL_SECONDS", 0.01)
+
+    async def listen(_scope, receive, _send):
+        assert (await receive())["body"] == b"all"
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(receive(), 0.1)
+
+    async def receive():
+        if not told:
+            told.append(True)
+            return {"type": "http.request", "body": b"all", "more_body": False}
+        return await asyncio.sleep(60)
+
+    told = []
+    headers = [(b"host", b"localhost"), (b"content-length", b"3")]
+    scope = {"type": "http", "method": "POST", "headers": headers}
+    asyncio.run(Guard(listen, "localhost", 100)(scope, receive, None))
+
+
+def test_requests_beyond_the_limit_are_told_to_come_again(monkeypatch):
+    monkeypatch.setattr(serving, "MAX_WAITING", 2)
+    guard = Guard(served, "localhost", 100)
+    for waiting, status in ((1, 200), (2, 503)):
+        guard.waiting = waiting
+        assert answer_of(guard, "POST", host="localhost", content_length="5") == status
+        assert answer_of(guard, "GET", host="localhost") == 200
+        assert guard.waiting == waiting
+
+
 def test_threads_enter_in_the_order_in_which_they_came():
     places, inside, order = FairSemaphore(2), [], []
     hold = [Event() for _ in range(6)]
