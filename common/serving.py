@@ -20,6 +20,7 @@ from common.config import UserError
 
 PASSWORD = "PAGE_AUTH"  # the environment variable with the name and password that other machines must give  # noqa: S105
 WITH_BODY = ("POST", "PUT", "PATCH")
+ANSWERED = ("/gradio_api/component_server", "/login")  # where the page sends bodies; Gradio takes files elsewhere
 MAX_WAITING = 100  # requests that are answered, or wait for that
 STALL_SECONDS = 30.0  # without a byte of a request's body
 
@@ -52,9 +53,10 @@ def bypass_proxy(host: str) -> None:
 class Guard:
     """ASGI middleware: refuses what no visitor of the page sends.
 
-    That is a request that another site's page makes in the visitor's browser, under its own name (DNS rebinding) or
-    this one's, a body of more than `max_bytes` or of unknown size, or one that stalls for `STALL_SECONDS`. While
-    `MAX_WAITING` requests are answered, a further one is told to come again.
+    That is a body for what the page doesn't use, such as uploads, a request that another site's page makes in the
+    visitor's browser, under its own name (DNS rebinding) or this one's, a body of more than `max_bytes` or of unknown
+    size, or one that stalls for `STALL_SECONDS`. While `MAX_WAITING` requests are answered, a further one is told to
+    come again.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], host: str, max_bytes: int) -> None:
@@ -98,6 +100,8 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "this page answers no other site"
         if scope["method"] in WITH_BODY:
+            if scope["path"] not in ANSWERED:
+                return 404, "there is nothing to send to here"
             if self.waiting >= MAX_WAITING:
                 return 503, "too many requests at once: try again"
             size = headers.get(b"content-length", "")

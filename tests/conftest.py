@@ -27,7 +27,18 @@ from tests.forks import ROOT, Forks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="repeat random tests as often as docs/reliability.md says")
+    parser.addoption("--full", action="store_true", help="run slow tests too, and random ones as often as docs say")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a slow test, of which there is a quicker like, run with --full alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="with --full"))
 
 
 @pytest.fixture(scope="session")

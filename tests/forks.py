@@ -17,11 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
     "common",
-    "torch",
+    "torch._dynamo",
     "torchvision",
-    "sklearn.decomposition",
+    "sklearn.manifold",
     "common.report.run",
-    "matplotlib.figure",
+    "matplotlib.pyplot",
     "gradio",
 )
 
@@ -134,6 +134,7 @@ def _wait(process: int, kind: str) -> int | None:
 def _run(name: str, *arguments: str) -> None:
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     if name == "-c":
+        sys.argv = ["-c"]
         exec(compile(arguments[0], "command", "exec"), {"__name__": "__main__"})
     elif name == "-m":
         sys.argv = list(arguments)

@@ -75,7 +75,9 @@ def run_benchmark(tmp_path, offline, synthetic_photos, forks):
     return run
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name == "embedding" else []) for name in CASES]
+)
 def test_a_benchmark(run_benchmark, tmp_path, name):
     arguments, ratios = CASES[name]
     ended = run_benchmark(name, "--repeats", "1", *arguments)

@@ -16,14 +16,14 @@ PHOTOS, WEIGHTS = (os.environ.get(name, "") for name in ("IMAGE_SEARCH_PHOTOS", 
 def test_real_cats_find_cats(run_script, tmp_path):
     for name in ("cats", "dogs"):
         (tmp_path / "pets" / name).mkdir(parents=True)
-        for photo in sorted((Path(PHOTOS) / name).iterdir())[:300]:
+        for photo in sorted((Path(PHOTOS) / name).iterdir())[:200]:
             (tmp_path / "pets" / name / photo.name).write_bytes(photo.read_bytes())
     arguments = ("--data", "pets", "--backbone", "squeezenet1_1", "--weights", WEIGHTS, "--epochs", "0")
     ended = run_script("cnn_feature_extraction.py", *arguments)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "cnn_feature_extraction.json").read_text())
-    assert result["dataset"]["queries"] == 60
+    assert result["dataset"]["queries"] == 40
     assert result["metrics"]["precision@5"]["value"] > 0.85
     assert result["metrics"]["accuracy@5"]["value"] > 0.9
-    assert result["metrics"]["instance_hit_rate@1_crop"]["value"] > 0.8  # among 600 photos, not 20,000
+    assert result["metrics"]["instance_hit_rate@1_crop"]["value"] > 0.8  # among 400 photos, not 20,000
     assert result["baselines"]["raw_pixels"]["precision@5"]["value"] < 0.65

@@ -150,6 +150,14 @@ def test_a_body_that_is_too_large(address):
     assert getattr(refused.value, "code", 413) == 413
 
 
+def test_nothing_can_be_uploaded(address):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\ndata\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", body, headers), timeout=10)
+    assert refused.value.code == 404
+
+
 def test_nothing_trained_yet(run_script):
     ended = run_script("app.py")
     assert ended.returncode == 2

@@ -11,8 +11,6 @@ from common.report.page import PageServer
 from common.retrieval.loading import load_engine
 from tests.app.conftest import give, tiles, travel, wait_for, wait_for_photos, wait_for_text, wait_until_searched
 
-GESTURES = 200
-
 
 @pytest.fixture(scope="module")
 def server(trained):
@@ -117,7 +115,7 @@ def test_a_proposed_part(page, photos):
         assert page.locator(".proposal").count() == 0
 
 
-def test_random_gestures_show_what_the_engine_finds(page, photos, server):
+def test_random_gestures_show_what_the_engine_finds(page, photos, server, full):
     """After each gesture the tiles are those that the engine, asked directly, finds for what the address says."""
     chance = random.Random(0)
     give(page, photos[0])
@@ -144,7 +142,7 @@ def test_random_gestures_show_what_the_engine_finds(page, photos, server):
         "result": result,
         "back": lambda: travel(page, chance.choice([-1, -1, 1])),
     }
-    for number in range(GESTURES):
+    for number in range(200 if full else 60):
         name = chance.choice(list(gestures))
         gestures[name]()
         if "photo=" not in page.url:  # back to the beginning

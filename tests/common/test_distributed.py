@@ -48,10 +48,8 @@ def one_process(tmp_path_factory, forks):
     return ended(forks, tmp_path_factory.mktemp("one"), 1, str(WORKER), ".")
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_as_one_does(one_process, forks, tmp_path, count, full):
-    if count > 2 and not full:
-        pytest.skip("with --full")
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_several_processes_train_as_one_does(one_process, forks, tmp_path, count):
     ended(forks, tmp_path, count, str(WORKER), ".")
     for approach in APPROACHES:
         one, several = (torch.load(folder / f"{approach}.pt", weights_only=True) for folder in (one_process, tmp_path))

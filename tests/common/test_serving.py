@@ -43,7 +43,10 @@ def test_a_proxy_is_bypassed_for_this_machine_alone(monkeypatch):
     assert not proxy_bypass("download.pytorch.org")
 
 
-def answer_of(guard, method="GET", **headers):
+PATH = "/gradio_api/component_server"
+
+
+def answer_of(guard, method="GET", path=PATH, **headers):
     """The status of the answer to a request; 200 where it is handed on."""
     sent = []
 
@@ -51,7 +54,7 @@ def answer_of(guard, method="GET", **headers):
         sent.append(message)
 
     named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(guard({"type": "http", "method": method, "headers": named}, None, send))
+    asyncio.run(guard({"type": "http", "method": method, "path": path, "headers": named}, None, send))
     return sent[0]["status"] if sent else 200
 
 
@@ -89,6 +92,12 @@ def test_a_body_has_a_size(size, status):
     assert answer_of(Guard(served, "localhost", 100), "POST", **headers) == status
 
 
+def test_bodies_are_taken_where_the_page_sends_them_alone():
+    guard, headers = Guard(served, "localhost", 100), {"host": "localhost", "content_length": "5"}
+    for path, status in ((PATH, 200), ("/login", 200), ("/gradio_api/upload", 404), ("/gradio_api/queue/join", 404)):
+        assert answer_of(guard, "POST", path, **headers) == status
+
+
 def test_a_body_that_stalls_ends_the_request(monkeypatch):
     monkeypatch.setattr(serving, "STALL_SECONDS", 0.05)
     received = []
@@ -105,7 +114,7 @@ def test_a_body_that_stalls_ends_the_request(monkeypatch):
 
     headers = [(b"host", b"localhost"), (b"content-length", b"8")]
     guard = Guard(read_all, "localhost", 100)
-    asyncio.run(guard({"type": "http", "method": "POST", "headers": headers}, receive, None))
+    asyncio.run(guard({"type": "http", "method": "POST", "path": PATH, "headers": headers}, receive, None))
     assert received == [b"half", "http.disconnect"]
     assert guard.waiting == 0
 
@@ -127,7 +136,7 @@ def test_behind_a_whole_body_nothing_is_awaited_in_time(monkeypatch):
 
     told = []
     headers = [(b"host", b"localhost"), (b"content-length", b"3")]
-    scope = {"type": "http", "method": "POST", "headers": headers}
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers}
     asyncio.run(Guard(listen, "localhost", 100)(scope, receive, None))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.conftest import ROOT
@@ -35,6 +36,11 @@ HOSTILE_NAMES = (  # of files
     "a" * 250 + ".jpg",
     os.fsdecode(b"\xff\xfe not UTF-8.jpg"),
 )
+
+
+def slowly(*values: Any) -> list:
+    """Values of a parameter that are tried with --full alone."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 def command(approach: str, photos: Path) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.robustness.runs import OPTIONS, command, half_written, neighbours, outcome
+from tests.robustness.runs import OPTIONS, command, half_written, neighbours, outcome, slowly
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks")
 
@@ -25,25 +25,26 @@ def run_all(forks, folder, commands):
 
 
 @pytest.fixture(scope="module")
-def alone(forks, few_photos, tmp_path_factory):
+def alone(forks, few_photos, tmp_path_factory, full):
     """What each approach leaves that runs alone."""
     outcomes = {}
-    for approach in OPTIONS:
+    for approach in OPTIONS if full else ("cnn_feature_extraction",):
         folder = tmp_path_factory.mktemp(approach)
         run_all(forks, folder, [command(approach, few_photos)])
         outcomes[approach] = outcome(folder, approach)
     return outcomes
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [4, *slowly(2)])
 def test_the_same_run_several_times_at_once(count, alone, forks, few_photos, tmp_path, full):
-    for approach in OPTIONS if full else ("siamese",):
+    for approach in OPTIONS if full else ("cnn_feature_extraction",):
         folder = tmp_path / approach
         folder.mkdir()
         run_all(forks, folder, [command(approach, few_photos)[:-1]] * count)
         assert outcome(folder, approach) == alone[approach]
 
 
+@pytest.mark.full
 def test_all_approaches_at_once(alone, forks, few_photos, tmp_path):
     folder = tmp_path / "all"
     folder.mkdir()
@@ -63,13 +64,12 @@ def test_four_searches_of_a_new_library_at_once(forks, trained, few_photos, tmp_
     assert all(neighbours(each) == neighbours(printed[0]) for each in printed)
 
 
-def test_two_runs_that_are_both_process_1(alone, few_photos, tmp_path, full):
+@pytest.mark.full
+def test_two_runs_that_are_both_process_1(alone, few_photos, tmp_path):
     """As in two containers that share a folder."""
     alone_in_namespace = ["unshare", "--pid", "--fork", "--mount-proc"]
     if not shutil.which("unshare") or subprocess.run([*alone_in_namespace, "true"], capture_output=True).returncode:
         pytest.skip("no namespaces here")
-    if not full:
-        pytest.skip("with --full")
     started = [
         subprocess.Popen([*alone_in_namespace, sys.executable, *command("siamese", few_photos)[:-1]], cwd=tmp_path)
         for _ in range(2)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.conftest import ROOT
-from tests.robustness.runs import OPTIONS, command, half_written, neighbours, outcome
+from tests.robustness.runs import command, half_written, neighbours, outcome, slowly
 
 CODE = """
 import runpy
@@ -54,10 +54,8 @@ def run_until_it_fits(forks, folder, kilobytes, arguments):
         yield ended.returncode, again.stdout
 
 
-@pytest.mark.parametrize("approach", OPTIONS)
+@pytest.mark.parametrize("approach", ["cnn_feature_extraction", *slowly("siamese", "triplet", "autoencoder")])
 def test_a_run_on_a_full_disk_goes_on_when_there_is_room(approach, forks, few_photos, tmp_path, full):
-    if approach in ("triplet", "autoencoder") and not full:
-        pytest.skip("with --full")
     (tmp_path / "whole").mkdir()
     arguments = list(command(approach, few_photos))
     assert forks.run(arguments, tmp_path / "whole").returncode == 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.robustness.runs import OPTIONS, command, epochs_done, epochs_resumed, half_written, neighbours, outcome
+from tests.robustness.runs import command, epochs_done, epochs_resumed, half_written, neighbours, outcome, slowly
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and signals")
 
@@ -65,7 +65,7 @@ def killed_runs(forks, place, seconds, times, arguments, **environment):
     print(f"{kills} kills, {chain} runs after them")
 
 
-@pytest.mark.parametrize("approach", OPTIONS)
+@pytest.mark.parametrize("approach", ["siamese", "cnn_feature_extraction", *slowly("triplet", "autoencoder")])
 def test_a_killed_run_goes_on_where_it_stood_and_ends_the_same(approach, forks, few_photos, tmp_path, full):
     arguments = command(approach, few_photos)
     seconds = seconds_of(forks, tmp_path / "whole", arguments)

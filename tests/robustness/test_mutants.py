@@ -140,9 +140,8 @@ class Runner:
             return sorted(each for half in pool.map(of_half, range(2)) for each in half)
 
 
-def test_most_mutants_are_killed(full, tmp_path):
-    if not full:
-        pytest.skip("with --full")
+@pytest.mark.full
+def test_most_mutants_are_killed(tmp_path):
     chosen = []
     for name, (functions, tests, count) in TARGETS.items():
         possible = mutants(ROOT / name, functions)

@@ -21,7 +21,7 @@ from common.report.run import Run
 from common.retrieval.exact import CosineKNN, normalize
 from common.retrieval.graph import GraphKNN
 from tests.conftest import ROOT
-from tests.robustness.runs import OPTIONS, SMALL
+from tests.robustness.runs import OPTIONS, SMALL, slowly
 
 APPROACHES = tuple(OPTIONS)
 
@@ -159,7 +159,7 @@ def test_training_reads_no_query(approach, few_photos, tmp_path, monkeypatch):
     assert not read & queries
 
 
-@pytest.mark.parametrize("approach", ["siamese", "triplet", "cnn_feature_extraction"])
+@pytest.mark.parametrize("approach", ["cnn_feature_extraction", *slowly("siamese", "triplet")])
 def test_shuffled_labels_teach_nothing_about_other_photos(approach, forks, synthetic_photos, tmp_path):
     """60 photos of two classes at random are trained on, 60 others are the queries: the score is that of chance."""
     rng = np.random.default_rng(0)
@@ -206,7 +206,7 @@ def test_a_reference_file_has_the_hyperparameters_of_its_script(path):
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 
 
-@pytest.mark.parametrize("approach", APPROACHES)
+@pytest.mark.parametrize("approach", ["siamese", "cnn_feature_extraction", *slowly("triplet", "autoencoder")])
 def test_a_rerun_gives_the_committed_figures(approach, forks, synthetic_photos, tmp_path):
     assert golden_run(forks, approach, synthetic_photos, tmp_path) == {
         name: pytest.approx(value, rel=GOLDEN["tolerance"][name.split(" ")[0]], abs=1e-6)

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.page import Client, search_for
 from tests.conftest import served_page
+from tests.robustness.runs import slowly
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and /proc")
 
@@ -50,7 +51,7 @@ def temporary_megabytes(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-@pytest.mark.parametrize("clients", [1, 8, 32])
+@pytest.mark.parametrize("clients", [8, *slowly(1, 32)])
 def test_load(page, photos, clients, full):
     opened = [Client(page.rstrip("/")) for _ in range(clients)]
     counts = np.zeros(clients, int)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.robustness.runs import HOSTILE_NAMES, SMALL, command
+from tests.robustness.runs import HOSTILE_NAMES, SMALL, command, slowly
 
 
 class Payload:
@@ -90,7 +90,7 @@ def quantized(photos):
     return (str(ROOT / "search.py"), query, "--index", str(photos), "--inference", "int8", "--approach", "siamese")
 
 
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", [saved_by_torch, *slowly(*(kind for kind in KINDS if kind is not saved_by_torch))])
 def test_no_file_that_carries_code_is_executed(make, whole, forks, few_photos, tmp_path):
     folder, executed = tmp_path / "run", tmp_path / "executed"
     payload = make(Payload(executed))

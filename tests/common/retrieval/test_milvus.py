@@ -34,6 +34,7 @@ def config(tmp_path, plain_faiss):
 
 @pytest.mark.skipif(bool(ADDRESS), reason="this is the run on a server")
 @pytest.mark.skipif(not importlib.util.find_spec("milvus"), reason="the package milvus is for Linux on x86-64")
+@pytest.mark.full
 def test_the_same_on_a_server(tmp_path):
     from milvus import MilvusServer
 
