@@ -100,7 +100,7 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, "this page answers no other site"
         if scope["method"] in WITH_BODY:
-            if scope["path"] not in ANSWERED:
+            if scope["path"].rstrip("/") not in ANSWERED:
                 return 404, "there is nothing to send to here"
             if self.waiting >= MAX_WAITING:
                 return 503, "too many requests at once: try again"

@@ -94,7 +94,13 @@ def test_a_body_has_a_size(size, status):
 
 def test_bodies_are_taken_where_the_page_sends_them_alone():
     guard, headers = Guard(served, "localhost", 100), {"host": "localhost", "content_length": "5"}
-    for path, status in ((PATH, 200), ("/login", 200), ("/gradio_api/upload", 404), ("/gradio_api/queue/join", 404)):
+    for path, status in (
+        (PATH, 200),
+        (PATH + "/", 200),
+        ("/login", 200),
+        ("/gradio_api/upload", 404),
+        ("/gradio_api/queue/join", 404),
+    ):
         assert answer_of(guard, "POST", path, **headers) == status
 
 
