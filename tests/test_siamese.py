@@ -67,6 +67,11 @@ def test_contrastive_loss_over_the_pairs_that_have_one():
     loss = contrastive_loss(embeddings, torch.tensor([0, 0, 1, 1, 2, 2]), 0.01, 0.0, "avg_non_zero")
     near = ((2 * math.sin(0.25) - 0.01) ** 2 + (2 * math.sin(0.2) - 0.01) ** 2) / 2
     assert loss.item() == pytest.approx(near / 2, rel=1e-3)
+    angles = angles[:4]  # all of different classes, at most 1 apart twice
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    loss = contrastive_loss(embeddings, torch.arange(4), 0.0, 1.0, "avg_non_zero")
+    near = ((1 - 2 * math.sin(0.25)) ** 2 + (1 - 2 * math.sin(0.2)) ** 2) / 2
+    assert loss.item() == pytest.approx(near / 2, rel=1e-3)
 
 
 def test_contrastive_loss_of_equal_photos_has_a_gradient():
