@@ -27,7 +27,7 @@ def test_odd_images_are_decoded_or_refused():
 
 
 def test_mutations_are_decoded_or_refused(full):
-    for seed in range(1, 21 if full else 2):
+    for seed in range(1, 3 if full else 2):
         returned, problems, last = decode_images(seed, 10_000 if full else 1_000)
         assert (returned, problems) == (0, []), seed
         assert last.startswith("peak ")
