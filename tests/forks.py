@@ -109,6 +109,10 @@ def _status_of(arguments: list[str]) -> int:
             atexit._run_exitfuncs()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:  # before a script handles it, or after: Python itself ends so
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1
