@@ -26,7 +26,7 @@ from common.storage import cache_folder
 
 COMPONENT = Path(__file__).with_name("app.html")  # what the browser shows and does
 FONTS = ("system-ui", "sans-serif")  # no fonts from other hosts
-ASKED = ("describe", "photo", "search", "details", "propose", "show_file", "copies", "map", "rescan")  # by the browser
+SERVED = ("describe", "photo", "search", "details", "propose", "show_file", "copies", "map", "rescan")  # by the browser
 
 
 @dataclass
@@ -56,11 +56,11 @@ def load_engines(config: Config) -> dict[str, SearchEngine]:
     return load_available(results, load, needs_gallery=not config.index)
 
 
-def answering(method: Callable[[dict], dict]) -> Callable[[dict], dict]:
-    """The method as a function that the browser calls: what can't be done is an answer too."""
+def responding(method: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """The method as a function that the browser calls: what can't be done is a response too."""
 
     @functools.wraps(method)
-    def answer(request: dict) -> dict:
+    def respond(request: dict) -> dict:
         try:
             return encodable(method(request))
         except MissingPhotosError as error:
@@ -70,7 +70,7 @@ def answering(method: Callable[[dict], dict]) -> Callable[[dict], dict]:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return {"error": "the server does not understand this request: reload the page"}
 
-    return answer
+    return respond
 
 
 def build_page(gradio: ModuleType, server: PageServer) -> tuple[Any, str]:
@@ -87,7 +87,7 @@ def build_page(gradio: ModuleType, server: PageServer) -> tuple[Any, str]:
             js_on_load=script,
             apply_default_css=False,
             padding=False,
-            server_functions=[answering(getattr(server, name)) for name in ASKED],
+            server_functions=[responding(getattr(server, name)) for name in SERVED],
         )
     return page, style
 

@@ -46,7 +46,7 @@ class Config:
 
 
 class Client:
-    """Asks the page as a browser does."""
+    """Sends requests to the page as a browser does."""
 
     def __init__(self, address: str) -> None:
         self.address, self.session = address, uuid.uuid4().hex
@@ -54,8 +54,8 @@ class Client:
             components = json.load(answer)["components"]
         self.component = next(each["id"] for each in components if each["type"] == "html")
 
-    def ask(self, name: str, request: dict) -> dict:
-        """The answer of a function of the page's server."""
+    def call(self, name: str, request: dict) -> dict:
+        """The response of a function of the page's server."""
         body = {"data": request, "component_id": self.component, "fn_name": name, "session_hash": self.session}
         sent = urllib.request.Request(
             f"{self.address}/gradio_api/component_server",
@@ -67,9 +67,9 @@ class Client:
 
     def search(self, photo: bytes, approach: str) -> None:
         """One search through the page, from file to results; raises RuntimeError if there are none."""
-        sent = self.ask("photo", {"data": base64.b64encode(photo).decode()})
+        sent = self.call("photo", {"data": base64.b64encode(photo).decode()})
         query = [{"id": sent.get("id"), "part": None}]
-        found = self.ask("search", {"photos": query, "more": [], "less": [], "by": approach, "k": 10})
+        found = self.call("search", {"photos": query, "more": [], "less": [], "by": approach, "k": 10})
         if not found.get("columns", [{}])[0].get("results"):
             raise RuntimeError(f"{sent.get('error')} {found.get('error')}")
 

@@ -55,8 +55,8 @@ class Guard:
 
     That is a body for what the page doesn't use, such as uploads, a request that another site's page makes in the
     visitor's browser, under its own name (DNS rebinding) or this one's, a body of more than `max_bytes` or of unknown
-    size, or one that stalls for `STALL_SECONDS`. While `MAX_WAITING` requests are answered, a further one is told to
-    come again.
+    size, or one that stalls for `STALL_SECONDS`. While `MAX_WAITING` requests are in
+    progress, further ones get status 503.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], host: str, max_bytes: int) -> None:

@@ -15,7 +15,7 @@ from common.data.decode import decode_photo
 from common.data.file_hashes import hash_content
 from common.parallel import parallel_map
 from common.report.pictures import caption
-from common.report.views import THUMBNAIL, Answer, copies_view, full_size, map_view, plural, tile, title
+from common.report.views import THUMBNAIL, Response, copies_view, full_size, map_view, plural, tile, title
 from common.retrieval.calibration import calibrate_threshold
 from common.retrieval.engine import Query, Region, SearchEngine
 from common.retrieval.proposals import propose_regions
@@ -60,7 +60,7 @@ class PageServer:
         self.searches = FairSemaphore(MAX_CONCURRENT)  # and what decodes photos
         self.threads = torch.get_num_threads()
         self.recent = RecentPhotos(RECENT_BYTES)
-        self.answers: dict[tuple, Answer] = {}  # that take long: copies and maps
+        self.responses: dict[tuple, Response] = {}  # that take long: copies and maps
         self.engines = load()
         self.thresholds = {name: calibrate_threshold(engine) for name, engine in self.engines.items()}
 
@@ -70,7 +70,7 @@ class PageServer:
         counts = {name: plural(len(engine.gallery), "photo") for name, engine in self.engines.items()}
         return "searching " + ", ".join(f"{count} by {title(name)}" for name, count in counts.items())
 
-    def describe(self, _request: dict) -> Answer:
+    def describe(self, _request: dict) -> Response:
         """What can be searched, and how."""
         engine = next(iter(self.engines.values()))
         gallery = engine.gallery
@@ -89,7 +89,7 @@ class PageServer:
             "megabytes": self.max_megabytes,
         }
 
-    def photo(self, request: dict) -> Answer:
+    def photo(self, request: dict) -> Response:
         """A photo to search with, by its content, in base64, or its id: how it looks."""
         data, name = self._content(request)
         if "data" in request:
@@ -100,7 +100,7 @@ class PageServer:
         size = {"width": image.width, "height": image.height}
         return {"id": hash_id(data), "name": name, "image": data_url(image), **size}
 
-    def search(self, request: dict) -> Answer:
+    def search(self, request: dict) -> Response:
         """The nearest photos, by one approach or by all."""
         started = time.perf_counter()
         names = list(self.engines) if request["by"] == ALL else [request["by"]]
@@ -114,7 +114,7 @@ class PageServer:
             column["text"] += f", in {milliseconds:.0f} ms"
         return {"columns": list(found.values())}
 
-    def _search(self, engine: SearchEngine, contents: list[bytes], request: dict, k: int) -> Answer:
+    def _search(self, engine: SearchEngine, contents: list[bytes], request: dict, k: int) -> Response:
         gallery = engine.gallery
         result = engine.search_and_show(self._query(engine, contents, request), k, THUMBNAIL)
         labels = Counter(gallery.class_name(index) for index in result.indices)
@@ -146,7 +146,7 @@ class PageServer:
             "hasMore": len(results) == k < min(MAX_RESULTS, len(gallery)),
         }
 
-    def details(self, request: dict) -> Answer:
+    def details(self, request: dict) -> Response:
         """A gallery photo, large, with all that is known about it and, if something is searched with, similarities."""
         engine, index = self._find(request)
         data, path, gallery = engine.gallery.read(index), engine.gallery.path(index), engine.gallery
@@ -174,7 +174,7 @@ class PageServer:
         file = {"id": request["id"], "by": engine.approach, "file": gallery.paths[index], "path": str(path.resolve())}
         return {**file, "image": data_url(image), "metadata": metadata}
 
-    def propose(self, request: dict) -> Answer:
+    def propose(self, request: dict) -> Response:
         """Parts of a photo that are worth searching with: [left, top, right, bottom] in [0, 1]."""
         engine = self.engines.get(request["by"]) or next(iter(self.engines.values()))
         image = engine.embedder.preprocessing.decode(self._content(request)[0])
@@ -182,7 +182,7 @@ class PageServer:
             regions = propose_regions(engine.embedder, image)
         return {"parts": [list(region) for region in regions]}
 
-    def show_file(self, request: dict) -> Answer:
+    def show_file(self, request: dict) -> Response:
         """Opens a gallery photo on this machine, or shows it in its folder."""
         if not self.is_local:
             raise UserError("files are opened only for the user of the machine that serves this page")
@@ -190,34 +190,34 @@ class PageServer:
         open_file(engine.gallery.path(index).resolve(), bool(request["reveal"]))
         return {}
 
-    def copies(self, request: dict) -> Answer:
+    def copies(self, request: dict) -> Response:
         """Groups of photos that are copies of each other; nothing is changed."""
         return self._once("copies", request, lambda engine: copies_view(engine, self.cache, self.config))
 
-    def map(self, request: dict) -> Answer:
+    def map(self, request: dict) -> Response:
         """Photos of the gallery laid out by similarity: places in [0, 1], and one image with their thumbnails."""
         return self._once("map", request, map_view)
 
-    def rescan(self, _request: dict) -> Answer:
+    def rescan(self, _request: dict) -> Response:
         """Looks at the folder again: new photos are embedded, those that have gone are no longer searched."""
         with self.lock:
             before = {name: set(engine.gallery.sha256.tolist()) for name, engine in self.engines.items()}
             self.engines = self.load()
             self.thresholds = {name: calibrate_threshold(engine) for name, engine in self.engines.items()}
-            self.answers.clear()
+            self.responses.clear()
         name, engine = next(iter(self.engines.items()))
         now, known = set(engine.gallery.sha256.tolist()), before.get(name, set())
         return {"text": f"{plural(len(now - known), 'new photo')}, {len(known - now):,} no longer there"}
 
-    def _once(self, name: str, request: dict, answer: Callable[[SearchEngine], Answer]) -> Answer:
+    def _once(self, name: str, request: dict, compute: Callable[[SearchEngine], Response]) -> Response:
         """What takes long is answered from memory until the next `rescan`."""
         key = name, request["by"]
         engine = self.engines[request["by"]]
-        if key not in self.answers:
+        if key not in self.responses:
             with self.lock:
-                if key not in self.answers:
-                    self.answers[key] = answer(engine)
-        return self.answers[key]
+                if key not in self.responses:
+                    self.responses[key] = compute(engine)
+        return self.responses[key]
 
     def _find(self, request: dict) -> tuple[SearchEngine, int]:
         """The approach asked for, and the index of the photo in its gallery."""

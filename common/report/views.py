@@ -18,10 +18,10 @@ THUMBNAIL = 360  # pixels, at most, of a result
 MAX_GROUPS, MAX_GROUP = 100, 12  # of copies shown, and photos of each
 MAX_MAP, MAP_TILE = 2000, 48  # photos of the map, and their pixels
 
-Answer = dict[str, Any]
+Response = dict[str, Any]
 
 
-def tile(engine: SearchEngine, index: int, thumbnail: Image.Image) -> Answer:
+def tile(engine: SearchEngine, index: int, thumbnail: Image.Image) -> Response:
     """A gallery photo as the page lists it."""
     own = {"id": engine.gallery.sha256[index].decode(), "file": engine.gallery.paths[index]}
     if "address" not in thumbnail.info:  # the same thumbnail is often found again
@@ -29,7 +29,7 @@ def tile(engine: SearchEngine, index: int, thumbnail: Image.Image) -> Answer:
     return {**own, "image": thumbnail.info["address"]}
 
 
-def copies_view(engine: SearchEngine, cache: Path | None, config: EngineConfig) -> Answer:
+def copies_view(engine: SearchEngine, cache: Path | None, config: EngineConfig) -> Response:
     """Groups of photos that are copies of each other, of the first `MAX_GROUPS` some photos with their sizes.
 
     Raises `UserError`.
@@ -51,14 +51,14 @@ def copies_view(engine: SearchEngine, cache: Path | None, config: EngineConfig) 
     }
 
 
-def _copy(engine: SearchEngine, index: int, thumbnail: Image.Image) -> Answer:
+def _copy(engine: SearchEngine, index: int, thumbnail: Image.Image) -> Response:
     path = engine.gallery.path(index)
     width, height = full_size(path, thumbnail)
     size = {"width": width, "height": height, "bytes": path.stat().st_size}
     return {**tile(engine, index, thumbnail), **size, "label": engine.gallery.class_name(index), "copies": 0}
 
 
-def map_view(engine: SearchEngine) -> Answer:
+def map_view(engine: SearchEngine) -> Response:
     """Up to `MAX_MAP` photos, evenly spread: places in [0, 1] x [0, 1], and one image with their thumbnails in rows."""
     gallery = engine.gallery
     chosen = np.unique(np.linspace(0, len(gallery) - 1, min(MAX_MAP, len(gallery))).astype(int)).tolist()

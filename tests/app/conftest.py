@@ -99,7 +99,7 @@ def wait_for_text(page, selector, text):
 
 def wait_until_searched(page):
     """Waits until the results are of what the address says."""
-    wait_for(page, "() => document.querySelector('#page').dataset.asked === (location.hash || '#')")
+    wait_for(page, "() => document.querySelector('#page').dataset.searched === (location.hash || '#')")
 
 
 def travel(page, steps):

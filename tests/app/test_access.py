@@ -104,8 +104,8 @@ def test_the_first_load_is_small(visit, address):
 # What it gives away
 
 
-def ask(address, name, request, headers=()):
-    """The answer of the page's server to a request, as the page makes it."""
+def call(address, name, request, headers=()):
+    """The response of the page's server to a request, as the page makes it."""
     config = json.load(urllib.request.urlopen(f"{address}config", timeout=10))
     component = next(each["id"] for each in config["components"] if each["type"] == "html")
     body = {"data": request, "component_id": component, "fn_name": name, "session_hash": "test"}
@@ -125,7 +125,7 @@ def test_no_file_outside_the_gallery_can_be_read(address, trained, tmp_path):
             urllib.request.urlopen(f"{address}gradio_api/file={path}", timeout=10)
         assert refused.value.code in (403, 404)
         for name in ("photo", "details", "show_file"):
-            answer = ask(address, name, {"id": str(path), "by": "siamese", "photos": [], "reveal": True})
+            answer = call(address, name, {"id": str(path), "by": "siamese", "photos": [], "reveal": True})
             assert answer.keys() <= {"error", "missing"}
 
 
@@ -134,19 +134,19 @@ def test_no_file_outside_the_gallery_can_be_read(address, trained, tmp_path):
     [{}, [], None, 7, {"by": "gone", "k": 5, "photos": []}, {"by": "siamese", "k": "many", "photos": [{"id": 3}]}],
 )
 def test_garbage_gets_a_sentence(address, request_):
-    assert ask(address, "search", request_).keys() <= {"error", "missing"}
+    assert call(address, "search", request_).keys() <= {"error", "missing"}
 
 
 @pytest.mark.parametrize("headers", [[("Host", "evil.example")], [("Origin", "https://evil.example")]])
 def test_other_sites_are_refused(address, headers):
     with pytest.raises(urllib.error.HTTPError) as refused:
-        ask(address, "describe", {}, headers)
+        call(address, "describe", {}, headers)
     assert refused.value.code == 403
 
 
 def test_a_body_that_is_too_large(address):
     with pytest.raises((urllib.error.HTTPError, urllib.error.URLError)) as refused:
-        ask(address, "photo", {"data": "A" * 9_000_000})
+        call(address, "photo", {"data": "A" * 9_000_000})
     assert getattr(refused.value, "code", 413) == 413
 
 

@@ -84,12 +84,12 @@ def test_a_click_a_drag_and_the_whole_photo(page, photos):
 def test_results_follow_a_drag_before_it_ends(page, photos):
     give(page, photos[0])
     wait_for_photos(page, 10)
-    before = page.evaluate("document.querySelector('#page').dataset.asked")
+    before = page.evaluate("document.querySelector('#page').dataset.searched")
     frame = box(page)
     page.mouse.move(frame["x"] + 0.1 * frame["width"], frame["y"] + 0.1 * frame["height"])
     page.mouse.down()
     page.mouse.move(frame["x"] + 0.6 * frame["width"], frame["y"] + 0.6 * frame["height"], steps=4)
-    wait_for(page, "([before]) => document.querySelector('#page').dataset.asked !== before", before)
+    wait_for(page, "([before]) => document.querySelector('#page').dataset.searched !== before", before)
     page.mouse.up()
     wait_until_searched(page)
 

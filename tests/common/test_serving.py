@@ -126,7 +126,7 @@ def test_a_body_that_stalls_ends_the_request(monkeypatch):
 
 
 def test_behind_a_whole_body_nothing_is_awaited_in_time(monkeypatch):
-    """An application that listens for the end of the connection while it works isn't told of one."""
+    """An application that listens for the end of the connection while it works sees none."""
     monkeypatch.setattr(serving, "STALL_SECONDS", 0.01)
 
     async def listen(_scope, receive, _send):
@@ -135,18 +135,18 @@ def test_behind_a_whole_body_nothing_is_awaited_in_time(monkeypatch):
             await asyncio.wait_for(receive(), 0.1)
 
     async def receive():
-        if not told:
-            told.append(True)
+        if not sent:
+            sent.append(True)
             return {"type": "http.request", "body": b"all", "more_body": False}
         return await asyncio.sleep(60)
 
-    told = []
+    sent = []
     headers = [(b"host", b"localhost"), (b"content-length", b"3")]
     scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers}
     asyncio.run(Guard(listen, "localhost", 100)(scope, receive, None))
 
 
-def test_requests_beyond_the_limit_are_told_to_come_again(monkeypatch):
+def test_requests_beyond_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(serving, "MAX_WAITING", 2)
     guard = Guard(served, "localhost", 100)
     for waiting, status in ((1, 200), (2, 503)):

@@ -31,7 +31,7 @@ TARGETS = {  # module: (functions that are changed, none: all; what tests it; mu
 }
 MAX_SECONDS = 120
 ONLY_SPEED = "changes how much is compared at a time, or how many candidates are compared exactly"
-NEVER = "of a zip whose sides always have the same length"
+NEVER = "of a zip whose arguments always have the same length"
 EQUIVALENT = {  # mutants that change no result: why
     "exact.py: FEW_QUERIES // len(queries) -> FEW_QUERIES * len(queries)": ONLY_SPEED,
     "exact.py: len(queries) < MANY_QUERIES -> len(queries) <= MANY_QUERIES": ONLY_SPEED,

@@ -1,4 +1,4 @@
-"""Every index against float64, splits without leaks, and figures that a rerun gives again."""
+"""Every index against float64, splits without leaks, and values that a rerun gives again."""
 
 import dataclasses
 import importlib
@@ -178,7 +178,7 @@ def test_shuffled_labels_teach_nothing_about_other_photos(approach, forks, synth
     assert 0.3 < result["metrics"]["accuracy@5"]["value"] < 0.7
 
 
-# Committed figures
+# Committed values
 
 
 EARLIER = {  # of the code that they name: before there were several heads, and fine-tuning
@@ -207,19 +207,19 @@ GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 
 
 @pytest.mark.parametrize("approach", ["siamese", "cnn_feature_extraction", *slowly("triplet", "autoencoder")])
-def test_a_rerun_gives_the_committed_figures(approach, forks, synthetic_photos, tmp_path):
+def test_a_rerun_gives_the_committed_values(approach, forks, synthetic_photos, tmp_path):
     assert golden_run(forks, approach, synthetic_photos, tmp_path) == {
         name: pytest.approx(value, rel=GOLDEN["tolerance"][name.split(" ")[0]], abs=1e-6)
-        for name, value in GOLDEN["figures"][approach].items()
+        for name, value in GOLDEN["values"][approach].items()
     }
 
 
 def golden_run(forks, approach, photos, folder):
-    """The figures of a small run: {name: value}."""
+    """The values of a small run: {name: value}."""
     options = ("--seed", "0", "--precision", "float32", "--data", str(photos), *OPTIONS[approach])
     ended = forks.run((str(ROOT / f"{approach}.py"), *options), folder, os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr
     result = json.loads((folder / "results" / f"{approach}.json").read_text())
     names = ("precision@5", "map@r", "instance_hit_rate@1", "instance_mrr")
-    figures = {f"metric {name}": result["metrics"][name]["value"] for name in names}
-    return figures | {f"loss {epoch['epoch']}": epoch["loss"] for epoch in result["history"]}
+    values = {f"metric {name}": result["metrics"][name]["value"] for name in names}
+    return values | {f"loss {epoch['epoch']}": epoch["loss"] for epoch in result["history"]}
