@@ -2,6 +2,7 @@ import asyncio
 import base64
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
@@ -43,6 +44,12 @@ def test_a_proxy_is_bypassed_for_this_machine_alone(monkeypatch):
     assert not proxy_bypass("download.pytorch.org")
 
 
+def run(coroutine):
+    """As `asyncio.run`, in a thread of its own: tests in a browser leave an event loop running in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, coroutine).result()
+
+
 PATH = "/gradio_api/component_server"
 
 
@@ -54,7 +61,7 @@ def answer_of(guard, method="GET", path=PATH, **headers):
         sent.append(message)
 
     named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(guard({"type": "http", "method": method, "path": path, "headers": named}, None, send))
+    run(guard({"type": "http", "method": method, "path": path, "headers": named}, None, send))
     return sent[0]["status"] if sent else 200
 
 
@@ -120,7 +127,7 @@ def test_a_body_that_stalls_ends_the_request(monkeypatch):
 
     headers = [(b"host", b"localhost"), (b"content-length", b"8")]
     guard = Guard(read_all, "localhost", 100)
-    asyncio.run(guard({"type": "http", "method": "POST", "path": PATH, "headers": headers}, receive, None))
+    run(guard({"type": "http", "method": "POST", "path": PATH, "headers": headers}, receive, None))
     assert received == [b"half", "http.disconnect"]
     assert guard.waiting == 0
 
@@ -143,7 +150,7 @@ def test_behind_a_whole_body_nothing_is_awaited_in_time(monkeypatch):
     sent = []
     headers = [(b"host", b"localhost"), (b"content-length", b"3")]
     scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers}
-    asyncio.run(Guard(listen, "localhost", 100)(scope, receive, None))
+    run(Guard(listen, "localhost", 100)(scope, receive, None))
 
 
 def test_requests_beyond_the_limit_are_refused(monkeypatch):
