@@ -200,7 +200,7 @@ def test_every_module_is_named_in_the_architecture():
     assert not [path for path in modules if f"`{path.stem}`" not in text]
 
 
-def test_files_and_flags_that_are_named_exist(capsys):
+def test_files_and_flags_that_are_named_exist(capsys, pytestconfig):
     for page, text in PAGES.items():
         for name in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / page).parent.joinpath(name).exists(), (page, name)
@@ -211,7 +211,8 @@ def test_files_and_flags_that_are_named_exist(capsys):
     printed = capsys.readouterr().out + get_args_parser().format_help()
     flags = set(re.findall(r"--[a-z][a-z-]+", README))
     assert len(flags) > 8
-    assert all(flag in printed for flag in flags)
+    of_pytest = {f"--{name}" for name in vars(pytestconfig.option)}
+    assert all(flag in printed or flag in of_pytest for flag in flags)
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys, synthetic_photos):

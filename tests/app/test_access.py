@@ -192,6 +192,13 @@ def test_a_password_is_asked_for(forks, trained, tmp_path):
                     urllib.request.Request(address + path, b"{}" if "/" in path else None), timeout=10
                 )
             assert refused.value.code == 401
+        for password, status in (("wrong", 400), ("secret", 200)):
+            form = f"username=anna&password={password}".encode()
+            try:
+                returned = urllib.request.urlopen(f"{address}login", form, timeout=10).status
+            except urllib.error.HTTPError as refused:
+                returned = refused.code
+            assert returned == status
     assert "secret" not in (tmp_path / "page.log").read_text()
 
 
