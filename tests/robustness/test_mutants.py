@@ -45,7 +45,7 @@ EQUIVALENT = {  # mutants that change no result: why
     "metrics.py: True -> False": NEVER,
     "rough.py: 1024 -> 1025": ONLY_SPEED,
     "rough.py: 16 -> 17": ONLY_SPEED,
-    "rough.py: 1 -> 2": ONLY_SPEED,
+    "rough.py: 1 -> 2": "of a group's size, only speed; of a score's limit, counts where rounding gives more than 1",
     "rough.py: threshold > 0 -> threshold >= 0": "differs for a bound of exactly 0, for which both hold",
     "split.py: True -> False": NEVER,
     "split.py: len(copies) > 1 -> len(copies) >= 1": "a class of one content is decided on before",
