@@ -35,6 +35,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield temporary
+        if temporary.is_file():  # before the new name, or a loss of power could leave an empty file under it
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
         _rename(temporary, path)
     except BaseException as error:
         _remove(temporary)

@@ -40,10 +40,12 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Writes the file, completely or not at all; raises `UserError` where it can't."""
+        stored = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
         with atomic_write(path) as temporary:
             try:
-                torch.save({name.name: getattr(self, name.name) for name in dataclasses.fields(self)}, temporary)
-            except RuntimeError as error:  # torch's word for a full disk
+                with temporary.open("wb") as stream:  # of a file that it opens itself, torch 2.6 misses a full disk
+                    torch.save(stored, stream)
+            except (RuntimeError, OSError) as error:  # torch's word for a full disk
                 raise UserError(f"{path} can't be written: make room on its disk") from error
 
     @classmethod

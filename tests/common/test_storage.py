@@ -23,6 +23,16 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path):
     assert os.listdir(target.parent) == ["a.json"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda stream: flushed.append((os.fstat(stream).st_size, os.listdir(tmp_path))))
+    with atomic_write(tmp_path / "a.json") as temporary:
+        temporary.write_text("new")
+    ((size, (name,)),) = flushed
+    assert size == 3
+    assert name.endswith(".part")
+
+
 def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "photos") as temporary:
         temporary.mkdir()

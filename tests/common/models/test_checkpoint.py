@@ -43,7 +43,7 @@ def test_an_interrupted_save_keeps_the_last_one(tmp_path, monkeypatch):
     CHECKPOINT.save(path)
 
     def interrupt(fields, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupt)
