@@ -23,12 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from common.config import UserError
 from common.extras import require
 from common.retrieval.approximate import ApproximateKNN, unique_ids
 from common.retrieval.exact import CosineKNN
 from common.row_cache import StoredRows
 from common.storage import atomic_write
 
+OLDEST_FAISS = [1, 14, 3]  # older ones take similarities to entries for distances, and miss a quarter of the neighbours
 LINKS = 16  # of a photo with others on each level, M in the paper; twice as many on the lowest
 CONSTRUCTION_DEPTH = 100  # candidates for the links of a new photo, efConstruction in the paper
 DEPTH = 64  # candidates that a search keeps, at least, ef in the paper
@@ -73,9 +75,11 @@ class GraphKNN(ApproximateKNN):
             code: of the embeddings in the graph: "float32", "float16" or "int8"; shorter ones take less memory and miss
                 more.
             depth: candidates that a search keeps; more miss less and take longer.
+
+        Raises `UserError` where faiss is missing or too old.
         """
         super().__init__(gallery)
-        (self.faiss,) = require("faiss")
+        self.faiss = require_faiss()
         self.code, self.depth = code, depth
         folder = folder and folder / f"{code} {self.gallery.shape[1]} {LINKS} {CONSTRUCTION_DEPTH}".replace(" ", "-")
         ids = unique_ids(sha256)
@@ -182,6 +186,14 @@ class GraphKNN(ApproximateKNN):
                 whole = index.ntotal == len(known) and entries.ntotal == len(entry_rows)
                 if whole and index.d == entries.d == self.gallery.shape[1] and (entry_rows < len(known)).all():
                     yield Graph(index, entries, entry_rows), rows
+
+
+def require_faiss() -> ModuleType:
+    """The package; raises `UserError` where it is missing or too old."""
+    (faiss,) = require("faiss")
+    if [int(part) for part in faiss.__version__.split(".")[:3]] < OLDEST_FAISS:
+        raise UserError(f"faiss {faiss.__version__} is too old: pip install --upgrade -r requirements-extra.txt")
+    return faiss
 
 
 def _empty_graph(faiss: ModuleType, dim: int, code: str) -> Any:

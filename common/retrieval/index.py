@@ -7,11 +7,10 @@ import numpy as np
 from common.config import EngineConfig, UserError
 from common.data.file_hashes import hash_content
 from common.data.photos import Photos
-from common.extras import require
 from common.models.embedder import Embedder
 from common.retrieval.approximate import MIN_RECALL, RECALL_K, ApproximateKNN
 from common.retrieval.exact import CosineKNN
-from common.retrieval.graph import GraphKNN
+from common.retrieval.graph import GraphKNN, require_faiss
 from common.retrieval.milvus import MilvusKNN, connect
 
 EXACT = EngineConfig()
@@ -19,9 +18,9 @@ RECALL = f"recall@{RECALL_K}"  # of an engine, against the exact search
 
 
 def require_engine(config: EngineConfig) -> None:
-    """Raises `UserError` where the engine's package is missing or its server does not answer."""
+    """Raises `UserError` where the engine's package is missing or too old, or its server does not answer."""
     if config.engine == "hnsw":
-        require("faiss")
+        require_faiss()
     if config.engine == "milvus":
         connect(config).close()
 

@@ -3,6 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from common.config import UserError
 from common.retrieval import graph
 from common.retrieval.approximate import unique_ids
 from common.retrieval.exact import CosineKNN, normalize
@@ -181,3 +182,13 @@ def test_a_search_starts_from_what_most_links_lead_to(vectors):
     assert len(entry_rows) == 2200 // 16
     assert num_links[entry_rows].min() >= np.sort(num_links)[-137]
     assert index.bytes_per_photo > (24 * 4 + 32 * 4) * (1 + 1 / 17)
+
+
+@pytest.mark.parametrize(("version", "is_new_enough"), [("1.14.2", False), ("1.9.0.post1", False), ("1.14.3", True)])
+def test_a_faiss_that_misses_neighbours_is_refused(monkeypatch, version, is_new_enough):
+    monkeypatch.setattr("faiss.__version__", version)
+    if is_new_enough:
+        assert graph.require_faiss().__version__ == version
+        return
+    with pytest.raises(UserError, match=f"faiss {version} is too old: pip install --upgrade -r requirements-extra"):
+        graph.require_faiss()
