@@ -107,6 +107,11 @@ def trained(for_all_workers: Callable, synthetic_photos: Path, forks: Forks) -> 
     return for_all_workers("trained", lambda folder: _train(synthetic_photos, folder, forks)) / "results"
 
 
+def results_and_cache(trained: Path) -> tuple[str, ...]:
+    """Flags for the results `trained` and the embeddings that the tests keep for each other."""
+    return "--results", str(trained), "--cache", str(trained.parent / "data" / ".cache")
+
+
 def _train(photos: Path, folder: Path, forks: Forks) -> None:
     data = ("--data", str(photos), "--weights", "none", "--epochs", "1")
     size = ("--image-size", "64", "--view-size", "64")

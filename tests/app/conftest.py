@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.conftest import served_page
+from tests.conftest import results_and_cache, served_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -19,7 +19,7 @@ PATIENCE = 20_000  # milliseconds
 @pytest.fixture(scope="session")
 def address(forks, trained, tmp_path_factory):
     """The page of `python app.py`, served as a user would, on a machine behind a proxy, which doesn't answer."""
-    flags, folder = ("--results", str(trained), "--max-megabytes", "5"), tmp_path_factory.mktemp("served")
+    flags, folder = (*results_and_cache(trained), "--max-megabytes", "5"), tmp_path_factory.mktemp("served")
     environment = os.environ | dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
     with served_page(forks, folder, *flags, environment=environment) as address:
         yield address

@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 from tests.app.conftest import give, wait_for, wait_for_photos, wait_until_searched
-from tests.conftest import served_page
+from tests.conftest import results_and_cache, served_page
 from tests.robustness.runs import HOSTILE_NAMES
 
 RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
@@ -170,7 +170,7 @@ def test_a_port_in_use(run_script, trained):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        ended = run_script("app.py", "--results", str(trained), "--port", port, "--no-open-browser")
+        ended = run_script("app.py", *results_and_cache(trained), "--port", port, "--no-open-browser")
     assert ended.returncode == 2
     assert f"127.0.0.1:{port} is used by another program: choose another --port" in ended.stderr
     assert "GRADIO" not in ended.stderr
@@ -185,7 +185,7 @@ def test_another_machine_needs_a_password(run_script, offline):
 
 def test_a_password_is_asked_for(forks, trained, tmp_path):
     environment = os.environ | {"PAGE_AUTH": "anna:secret"}
-    with served_page(forks, tmp_path, "--results", str(trained), environment=environment) as address:
+    with served_page(forks, tmp_path, *results_and_cache(trained), environment=environment) as address:
         for path in ("config", "gradio_api/component_server"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(
@@ -208,8 +208,8 @@ def test_names_of_files_are_never_more_than_text(forks, visit, trained, photos, 
         place = tmp_path / "photos" / ("<img src=x onerror=alert(2)>" if number % 2 else "a&lt;b</script>")
         place.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(photos[number].read_bytes())
-    flags = ("--results", str(trained), "--index", str(tmp_path / "photos"), "--cache", "none")
-    with served_page(forks, tmp_path, *flags) as address:
+    index = ("--index", str(tmp_path / "photos"))
+    with served_page(forks, tmp_path, *results_and_cache(trained), *index) as address:
         page, dialogs = visit(address), []
         page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
         give(page, photos[50])

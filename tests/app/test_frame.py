@@ -15,9 +15,11 @@ from tests.app.conftest import give, tiles, travel, wait_for, wait_for_photos, w
 @pytest.fixture(scope="module")
 def server(trained):
     """Answers without a browser."""
+    kept = trained.parent / "data" / ".cache"
 
     def load():
-        return {name: load_engine(name, import_module, trained, "", None, "cpu") for name in ("siamese", "autoencoder")}
+        names = ("siamese", "autoencoder")
+        return {name: load_engine(name, import_module, trained, "", kept, "cpu") for name in names}
 
     return PageServer(load, EngineConfig(), None, 5, is_local=True)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.app.conftest import give, tiles, travel, wait_for, wait_for_photos, wait_for_text, wait_until_searched
-from tests.conftest import served_page
+from tests.conftest import results_and_cache, served_page
 
 SAME_FILE = "The same file is in the gallery"
 
@@ -103,7 +103,7 @@ def test_a_restart_of_the_server_loses_nothing(forks, visit, trained, photos, tm
     folder, mine = tmp_path / "served", tmp_path / "mine.png"
     folder.mkdir()
     Image.open(photos[5]).rotate(5).save(mine)
-    with served_page(forks, folder, "--results", str(trained)) as address:
+    with served_page(forks, folder, *results_and_cache(trained)) as address:
         page = visit(address)
         give(page, mine)
         wait_for_photos(page, 10)
@@ -111,7 +111,7 @@ def test_a_restart_of_the_server_loses_nothing(forks, visit, trained, photos, tm
     port = int(address.rstrip("/").rpartition(":")[2])
     page.get_by_label("autoencoder").check()
     wait_for_text(page, "#status", "The server does not answer")
-    with served_page(forks, folder, "--results", str(trained), port=port) as again:
+    with served_page(forks, folder, *results_and_cache(trained), port=port) as again:
         assert again == address
         page.get_by_label("siamese").check()
         wait_for_photos(page, 10)
@@ -126,7 +126,7 @@ def test_photos_that_go_and_come(forks, visit, trained, synthetic_photos, photos
     library.mkdir()
     for number, photo in enumerate(photos[:40]):
         shutil.copy(photo, library / f"{number:02}.jpg")
-    with served_page(forks, tmp_path, "--results", str(trained), "--index", str(library), "--cache", "none") as address:
+    with served_page(forks, tmp_path, *results_and_cache(trained), "--index", str(library)) as address:
         page = visit(address)
         give(page, photos[50])
         wait_for_photos(page, 10)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.app.conftest import give, tiles, wait_for, wait_for_photos, wait_for_text, wait_until_searched
-from tests.conftest import served_page
+from tests.conftest import results_and_cache, served_page
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def library(forks, trained, photos, tmp_path_factory):
     first = Image.open(pictures / "2024" / "01.jpg")
     first.resize((150, 150)).save(pictures / "2024" / "smaller.jpg")
     shutil.copy(pictures / "2024" / "03.jpg", pictures / "2025" / "rome" / "same.jpg")
-    with served_page(forks, folder, "--results", str(trained), "--index", str(pictures), "--cache", "none") as address:
+    with served_page(forks, folder, *results_and_cache(trained), "--index", str(pictures)) as address:
         yield address, pictures
 
 

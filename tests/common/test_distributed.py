@@ -13,13 +13,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "distributed_worker.py"
 APPROACHES = ("siamese", "triplet", "cnn_feature_extraction", "autoencoder")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-
-
-def run(count, *arguments, cwd=None):
-    command = [sys.executable] if count == 1 else [*TORCHRUN, f"--nproc-per-node={count}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def started(forks, folder, count, *arguments):
@@ -61,18 +55,18 @@ def test_several_processes_train_as_one_does(one_process, forks, tmp_path, count
             assert several["history"][0][name] == pytest.approx(one["history"][0][name], abs=1e-6), (approach, name)
 
 
-def test_a_script_started_by_torchrun(synthetic_photos, tmp_path):
+def test_a_script_started_by_torchrun(run_script, synthetic_photos, tmp_path):
     """Both processes end well, one of them writes, and the result is that of a single process."""
     options = ("--data", str(synthetic_photos), "--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "1")
     sizes = ("--image-size", "64", "--view-size", "48", "--batch-size", "16")
+    alone = run_script("siamese.py", *options, *sizes, "--results", "alone", "--cache", "cache1")
+    command = (*TORCHRUN, str(ROOT / "siamese.py"), *options, *sizes, "--results", "together", "--cache", "cache2")
+    together = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     losses = []
-    for count in (1, 2):
-        results = tmp_path / str(count)
-        caches = ("--results", str(results), "--cache", str(tmp_path / f"cache{count}"))
-        ended = run(count, str(ROOT / "siamese.py"), *options, *sizes, *caches, cwd=tmp_path)
+    for name, ended in (("alone", alone), ("together", together)):
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.count("written: ") == 1
-        result = json.loads((results / "siamese.json").read_text())
+        result = json.loads((tmp_path / name / "siamese.json").read_text())
         losses.append(result["history"][0]["loss"])
         assert result["metrics"]["precision@5"]["value"] > 0.3
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -66,7 +66,7 @@ def killed_runs(forks, place, seconds, times, arguments, **environment):
     print(f"{kills} kills, {chain} runs after them")
 
 
-@pytest.mark.parametrize("approach", ["siamese", "cnn_feature_extraction", *slowly("triplet", "autoencoder")])
+@pytest.mark.parametrize("approach", ["siamese", *slowly("cnn_feature_extraction", "triplet", "autoencoder")])
 def test_a_killed_run_goes_on_where_it_stood_and_ends_the_same(approach, forks, few_photos, tmp_path, full):
     arguments = command(approach, few_photos)
     seconds = seconds_of(forks, tmp_path / "whole", arguments)

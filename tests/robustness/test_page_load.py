@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.page import Client, search_for
-from tests.conftest import served_page
+from tests.conftest import results_and_cache, served_page
 from tests.robustness.runs import slowly
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and /proc")
@@ -30,7 +30,7 @@ def page(forks, trained, environment, tmp_path_factory):
     temporary = folder / "temporary"
     temporary.mkdir()
     own = environment | {"TMPDIR": str(temporary), "GRADIO_TEMP_DIR": str(temporary)}
-    with served_page(forks, folder, "--results", str(trained), environment=own) as address:
+    with served_page(forks, folder, *results_and_cache(trained), environment=own) as address:
         address.temporary = temporary
         yield address
     assert "Traceback" not in (folder / "page.log").read_text()
@@ -117,7 +117,7 @@ def test_garbage_and_stalled_clients_hold_nobody_up(page, photos):
 def test_after_it_was_killed_it_starts_again_on_the_same_port(forks, trained, photos, environment, tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
-    results = ("--results", str(trained))
+    results = results_and_cache(trained)
     with served_page(forks, tmp_path / "first", *results, environment=environment) as address:
         Client(address.rstrip("/")).search(photos[0], "siamese")
         port = int(address.rstrip("/").rsplit(":", 1)[1])

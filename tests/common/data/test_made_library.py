@@ -1,5 +1,6 @@
 """A library as people have them: every file is found, or named with its true reason."""
 
+import contextlib
 import csv
 import os
 from pathlib import Path
@@ -49,7 +50,7 @@ class MovingConsumer(DecodingConsumer):
         self.folder = folder
 
     def consume(self, files):
-        if self.folder.exists():
+        with contextlib.suppress(FileNotFoundError):  # several threads consume
             self.folder.rename(self.folder.with_name(".elsewhere"))
         return super().consume(files)
 
