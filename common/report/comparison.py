@@ -1,5 +1,6 @@
 """Which result files can be compared, and what differs between them beyond chance."""
 
+import dataclasses
 import json
 import zipfile
 import zlib
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import UserError
+from common.config import RunConfig, UserError
 from common.report.result_file import SCHEMA
 from common.retrieval.metrics import bootstrap_means
 
@@ -73,10 +74,14 @@ def _read_per_query(path: Path) -> dict[str, np.ndarray]:
 
 
 def group_by_seed(results: dict[str, Result]) -> list[list[str]]:
-    """The names of runs that differ in their seed alone, in the order of the results; most groups have one run."""
+    """The names of runs that differ in their seed alone, in the order of the results; most groups have one run.
+
+    A run that is older than a hyperparameter counts as one with its default.
+    """
     groups: dict[str, list[str]] = {}
     for name, result in results.items():
-        config = {key: value for key, value in result["config"].items() if key not in INCIDENTAL_FIELDS}
+        config = dataclasses.asdict(RunConfig()) | result["config"]
+        config = {key: value for key, value in config.items() if key not in INCIDENTAL_FIELDS}
         same = (result["approach"], config, result["model"]["weights"], result["dataset"]["fingerprint"])
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(name)
     return list(groups.values())
