@@ -94,6 +94,12 @@ def cache_folder(name: str) -> Path | None:
     return None if name == "none" else Path(name)
 
 
+def require_file(path: Path) -> None:
+    """Raises `UserError` for what exists and is no file: to read a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: remove it, or name another")
+
+
 def require_writable(folder: Path) -> None:
     """Raises `UserError` where no file can be made in `folder`, or no folder where it will be. Leaves nothing there."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -1,6 +1,7 @@
 """The comparison: ties, costs and refusals by hand; the table and the pictures as a user gets them."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -195,6 +196,15 @@ def test_another_seed_is_refused(run_script, trained, tmp_path):
     assert ended.returncode == 2
     assert "config.seed differs, 0 and 7" in ended.stderr
     assert not (tmp_path / "results" / "comparison.md").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes on Windows")
+def test_a_pipe_is_not_read(run_script, tmp_path):
+    (tmp_path / "results").mkdir()
+    os.mkfifo(tmp_path / "results" / "siamese.json")
+    ended = run_script("compare.py")
+    assert ended.returncode == 2
+    assert "results/siamese.json is no file: remove it, or name another" in ended.stderr
 
 
 def test_names_are_text_in_markdown():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common.config import UserError
-from common.storage import atomic_write
+from common.storage import atomic_write, require_file
 
 SCHEMA = 5  # version of the fields below
 # May differ when a run is resumed. Photos and weights are compared themselves, not where they lie.
@@ -51,6 +51,7 @@ class Checkpoint:
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
         """What `save` wrote to `path`, tensors on the CPU. Raises `UserError` for anything else."""
+        require_file(path)
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:

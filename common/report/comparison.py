@@ -13,6 +13,7 @@ import numpy as np
 from common.config import RunConfig, UserError
 from common.report.result_file import SCHEMA
 from common.retrieval.metrics import bootstrap_means
+from common.storage import require_file
 
 Result = dict[str, Any]
 # Hyperparameters that don't decide about the metrics: runs that differ in others are not repetitions of each other.
@@ -40,6 +41,7 @@ def read_results(paths: Sequence[Path]) -> dict[str, Result]:
     """
     results: dict[str, Result] = {}
     for path in paths:
+        require_file(path)
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # JSON and UTF-8
@@ -64,7 +66,7 @@ def _has(result: Result, name: str, parts: tuple[str, ...]) -> bool:
 
 
 def _read_per_query(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         with np.load(path, allow_pickle=False) as stored:

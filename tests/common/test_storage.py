@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.config import UserError
-from common.storage import STALE_SECONDS, atomic_write, require_writable
+from common.storage import STALE_SECONDS, atomic_write, require_file, require_writable
 
 
 def test_a_file_appears_complete_or_not_at_all(tmp_path):
@@ -131,3 +131,15 @@ def test_a_file_that_another_program_keeps_open_stays(tmp_path, monkeypatch, cap
     assert (tmp_path / "siamese.neighbours.new.csv").read_text() == "new"
     said = f"{path} can't be replaced; is it open in another program? Written to {path.with_stem(path.stem + '.new')}"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes on Windows")
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "missing"):
+        require_file(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match=f"{name} is no file: remove it, or name another"):
+            require_file(tmp_path / name)

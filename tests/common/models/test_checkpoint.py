@@ -95,6 +95,8 @@ def test_what_torch_cannot_load_safely_is_refused(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(FileNotFoundError):
         Checkpoint.load(tmp_path / "missing.pt")
+    with pytest.raises(UserError, match="is no file"):
+        Checkpoint.load(tmp_path)
 
 
 def test_only_the_same_run_is_resumed(tmp_path):
