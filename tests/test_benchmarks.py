@@ -66,7 +66,7 @@ import runpy, sys
 from benchmarks import measure
 measure.PAUSE = 0
 sys.argv = ["", *{arguments!r}]
-runpy.run_module("benchmarks.{name}", run_name="__main__")
+runpy.run_module("benchmarks.{name}", run_name="__main__", alter_sys=True)
 """
 
 
