@@ -71,6 +71,12 @@ def synthetic_photos(for_all_workers: Callable) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 32 synthetic images; not to be written to."""
+    return draw_dataset(tmp_path_factory.mktemp("few") / "photos", count=32, seed=2)
+
+
+@pytest.fixture(scope="session")
 def embedder() -> Embedder:
     """An untrained squeezenet1_1 at 64 pixels."""
     torch.manual_seed(0)

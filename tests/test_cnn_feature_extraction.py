@@ -179,9 +179,9 @@ def test_a_run_opens_each_photo_once_and_embeds_it_once(synthetic_photos, tmp_pa
     assert {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()} == {".npy", ".txt"}
 
 
-def test_a_flag_equal_to_the_default_is_kept_on_synthetic_images(run_script, synthetic_photos, tmp_path):
+def test_a_flag_equal_to_the_default_is_kept_on_synthetic_images(run_script, few_photos, tmp_path):
     options = ("--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "0", "--image-size", "0")
-    ended = run_script(SCRIPT, "--data", str(synthetic_photos), *options)
+    ended = run_script(SCRIPT, "--data", str(few_photos), *options)
     assert ended.returncode == 0, ended.stderr
     assert "Quick run on synthetic images: view_size 64 (default: 160)." in ended.stdout
     assert read(tmp_path)["config"]["image_size"] == 0

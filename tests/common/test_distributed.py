@@ -55,9 +55,9 @@ def test_several_processes_train_as_one_does(one_process, forks, tmp_path, count
             assert several["history"][0][name] == pytest.approx(one["history"][0][name], abs=1e-6), (approach, name)
 
 
-def test_a_script_started_by_torchrun(run_script, synthetic_photos, tmp_path):
+def test_a_script_started_by_torchrun(run_script, few_photos, tmp_path):
     """Both processes end well, one of them writes, and the result is that of a single process."""
-    options = ("--data", str(synthetic_photos), "--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "1")
+    options = ("--data", str(few_photos), "--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "1")
     sizes = ("--image-size", "64", "--view-size", "48", "--batch-size", "16")
     alone = run_script("siamese.py", *options, *sizes, "--results", "alone", "--cache", "cache1")
     command = (*TORCHRUN, str(ROOT / "siamese.py"), *options, *sizes, "--results", "together", "--cache", "cache2")

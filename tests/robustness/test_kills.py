@@ -89,7 +89,7 @@ def test_a_killed_search_finds_the_same(forks, few_photos, tmp_path, full):
     seconds = seconds_of(forks, tmp_path / "whole", arguments)
     expected = neighbours(forks.run(arguments, tmp_path / "whole").stdout)
     assert len(expected) > 4
-    for _, log, is_last in killed_runs(forks, tmp_path, seconds, 50 if full else 5, arguments):
+    for _, log, is_last in killed_runs(forks, tmp_path, seconds, 50 if full else 3, arguments):
         if is_last:
             assert neighbours(log) == expected
 
@@ -144,7 +144,7 @@ def test_a_killed_download_or_drawing_is_complete_after_the_next(kind, forks, tm
     seconds = seconds_of(forks, tmp_path / "whole", arguments, **environment)
     expected = photos_in(tmp_path / "whole")
     assert len(expected) == (60 if kind == "drawing" else 32)
-    for folder, _, is_last in killed_runs(forks, tmp_path, seconds, 50 if full else 5, arguments, **environment):
+    for folder, _, is_last in killed_runs(forks, tmp_path, seconds, 50 if full else 3, arguments, **environment):
         found = photos_in(folder)
         assert found == expected or (found == {} and not is_last)
 

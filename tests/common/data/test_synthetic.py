@@ -71,7 +71,7 @@ def test_two_processes_draw_at_the_same_time(tmp_path, monkeypatch):
 
 
 def test_raw_pixels_do_not_solve_it(tmp_path):
-    test = load_split(draw_dataset(tmp_path / "drawn", count=600), "", "test", 0).test
+    test = load_split(draw_dataset(tmp_path / "drawn", count=400), "", "test", 0).test
     gallery, queries = test.gallery, test.queries
 
     def pixels(photos):

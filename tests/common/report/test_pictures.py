@@ -36,7 +36,7 @@ def evaluation_of(queries, neighbours):
 
 
 def colours(picture):
-    return {tuple(colour) for colour in np.asarray(picture).reshape(-1, 3).tolist()}
+    return {colour for _, colour in picture.getcolors(picture.width * picture.height)}
 
 
 def test_frames_tell_whether_the_class_is_that_of_the_query(test_set):
