@@ -13,9 +13,8 @@ import torch
 from common.config import EngineConfig, UserError
 from common.data.decode import decode_photo
 from common.data.file_hashes import hash_content
-from common.parallel import parallel_map
 from common.report.pictures import caption
-from common.report.views import THUMBNAIL, Response, copies_view, full_size, map_view, plural, tile, title
+from common.report.views import THUMBNAIL, Response, copies_view, full_size, map_view, plural, tile, tiles, title
 from common.retrieval.calibration import calibrate_threshold
 from common.retrieval.engine import Query, Region, SearchEngine
 from common.retrieval.proposals import propose_regions
@@ -125,8 +124,6 @@ class PageServer:
             paths = " and ".join(gallery.paths[index] for index in result.exact_duplicates)
             notes.append(f"The same file is in the gallery, as {paths}, and left out.")
         shown = [result.thumbnails[index] for index in result.indices]
-        places = range(len(shown))
-        tiles = parallel_map(lambda place: tile(engine, result.indices[place], shown[place]), places)
         results = [
             {
                 **each,
@@ -134,7 +131,7 @@ class PageServer:
                 "similarity": result.similarities[place],
                 "copies": len(result.copies.get(result.indices[place], [])),
             }
-            for place, each in enumerate(tiles)
+            for place, each in enumerate(tiles(engine, result.indices, shown))
         ]
         return {
             "name": engine.approach,

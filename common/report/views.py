@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from common.config import EngineConfig
 from common.models.decoded import DecodedPhotos
+from common.parallel import parallel_map
 from common.report.maps import layout
 from common.retrieval.duplicates import SMALL, find_copies
 from common.retrieval.engine import SearchEngine
@@ -27,6 +28,15 @@ def tile(engine: SearchEngine, index: int, thumbnail: Image.Image) -> Response:
     if "address" not in thumbnail.info:  # the same thumbnail is often found again
         thumbnail.info["address"] = data_url(thumbnail)
     return {**own, "image": thumbnail.info["address"]}
+
+
+def tiles(engine: SearchEngine, indices: list[int], thumbnails: list[Image.Image]) -> list[Response]:
+    """As `tile`, of several photos."""
+    numbers = range(len(indices))
+    chunksize = len(indices) if all("address" in image.info for image in thumbnails) else 1  # see `load_thumbnails`
+    return list(
+        parallel_map(lambda number: tile(engine, indices[number], thumbnails[number]), numbers, chunksize=chunksize)
+    )
 
 
 def copies_view(engine: SearchEngine, cache: Path | None, config: EngineConfig) -> Response:

@@ -135,10 +135,7 @@ class SearchEngine:
 
     def thumbnail(self, index: int, size: int) -> Image.Image:
         """A gallery photo, at most `size` pixels wide and high; raises `UserError` if its file has changed."""
-        seen = None
-        with suppress(OSError):
-            status = self.gallery.path(index).stat()
-            seen = index, size, status.st_size, status.st_mtime_ns
+        seen = self._state_of(index, size)
         if (kept := self._thumbnails.get(seen)) is not None:
             return kept
         image = self.embedder.preprocessing.decode(self.gallery.read(index))
@@ -148,6 +145,13 @@ class SearchEngine:
             for oldest in list(self._thumbnails)[:-KEPT_THUMBNAILS]:
                 self._thumbnails.pop(oldest, None)
         return image
+
+    def _state_of(self, index: int, size: int) -> tuple | None:
+        """The key of a kept thumbnail; None where the file can't be seen."""
+        with suppress(OSError):
+            status = self.gallery.path(index).stat()
+            return index, size, status.st_size, status.st_mtime_ns
+        return None
 
     def similarity(self, query: Query, index: int) -> float:
         """The cosine of a query and a gallery photo. Raises `UnreadablePhotoError`."""
@@ -234,7 +238,10 @@ class SearchEngine:
             except (UserError, UnreadablePhotoError) as error:
                 return str(error)
 
-        loaded = dict(zip(indices, parallel_map(load, indices), strict=True))
+        # No threads where all are kept: beside other searches, each that starts waits for the interpreter.
+        all_kept = all(self._state_of(index, size) in self._thumbnails for index in indices)
+        chunksize = len(indices) if all_kept else 1
+        loaded = dict(zip(indices, parallel_map(load, indices, chunksize=chunksize), strict=True))
         lost = {index: each for index, each in loaded.items() if isinstance(each, str)}
         return {index: each for index, each in loaded.items() if not isinstance(each, str)}, lost
 
