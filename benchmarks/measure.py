@@ -67,7 +67,7 @@ def whole_numbers(name: str, text: str, lowest: int) -> list[int]:
 def interleaved(contenders: dict[str, Contender], repeats: int, label: str) -> dict[str, list[float]]:
     """Seconds of each contender in each round, after a round to warm up.
 
-    Contenders take turns within a round, so that whatever else the machine does affects all of them equally.
+    Contenders are interleaved within a round, so that whatever else the machine does affects all of them equally.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(repeats + 1):

@@ -50,8 +50,8 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self.address, self.session = address, uuid.uuid4().hex
-        with urllib.request.urlopen(f"{address}/config", timeout=60) as answer:
-            components = json.load(answer)["components"]
+        with urllib.request.urlopen(f"{address}/config", timeout=60) as response:
+            components = json.load(response)["components"]
         self.component = next(each["id"] for each in components if each["type"] == "html")
 
     def call(self, name: str, request: dict) -> dict:
@@ -62,8 +62,8 @@ class Client:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(sent, timeout=60) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(sent, timeout=60) as response:
+            return json.load(response)
 
     def search(self, photo: bytes, approach: str) -> None:
         """One search through the page, from file to results; raises RuntimeError if there are none."""
@@ -76,7 +76,7 @@ class Client:
 
 @dataclass
 class Load:
-    """What clients saw, each of which searches as soon as it has an answer."""
+    """What clients saw, each of which searches as soon as it has a response."""
 
     durations: list[float]  # milliseconds of each search
     errors: list[str]
@@ -105,8 +105,8 @@ def search_for(seconds: float, search_with: Callable[[int], object], clients: in
     begun = time.perf_counter()
     until = begun + seconds
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(client, range(clients)))
-    durations, errors = ([value for each in part for value in each] for part in zip(*answers, strict=True))
+        results = list(pool.map(client, range(clients)))
+    durations, errors = ([value for each in part for value in each] for part in zip(*results, strict=True))
     if not durations:
         raise UserError(f"no search succeeded: {errors[0]}")
     return Load(durations, errors, len(durations) / (time.perf_counter() - begun))

@@ -19,8 +19,8 @@ def parallel_map(
     """`map` on one thread per core, in order, with bounded memory.
 
     A thread takes `chunksize` items at a time (more pays off where each takes well under a millisecond), and at most
-    `prefetch` chunks are computed ahead. Threads, not processes: reading, hashing, Pillow's decoding and resizing,
-    sorting and the network all release the interpreter's lock.
+    `prefetch` chunks are computed before they are needed. Threads, not processes: reading, hashing, Pillow's decoding
+    and resizing, sorting and the network all release the interpreter's lock.
     """
     iterator = iter(items)
     chunks: Iterator[list[Item]] = iter(lambda: list(itertools.islice(iterator, chunksize)), [])

@@ -46,8 +46,8 @@ class Split:
     @property
     def parts(self) -> tuple[Photos, ...]:
         """All photos of the run, each once: the gallery holds those trained on unless their classes are others."""
-        shared = self.train.classes == self.test.gallery.classes
-        return self.test.parts if shared else (self.train, self.validation, *self.test.parts)
+        has_same_classes = self.train.classes == self.test.gallery.classes
+        return self.test.parts if has_same_classes else (self.train, self.validation, *self.test.parts)
 
 
 def load_split(

@@ -42,10 +42,11 @@ class Checkpoint:
         """Writes the file, completely or not at all; raises `UserError` where it can't."""
         stored = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
         with atomic_write(path) as temporary:
+            stream = temporary.open("wb")  # where torch 2.6 opens the file itself, it misses a full disk
             try:
-                with temporary.open("wb") as stream:  # of a file that it opens itself, torch 2.6 misses a full disk
+                with stream:
                     torch.save(stored, stream)
-            except (RuntimeError, OSError) as error:  # torch's word for a full disk
+            except (RuntimeError, OSError) as error:  # the former is torch's for a full disk
                 raise UserError(f"{path} can't be written: make room on its disk") from error
 
     @classmethod

@@ -101,7 +101,7 @@ def sample(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def ridge_regression(inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight KxC and bias K of the linear map from NxC to NxK, float32, with the least squares error plus `RIDGE`."""
+    """Weight KxC and bias K of the linear map from NxC to NxK, float32, by ridge regression with `RIDGE`."""
     mean, output_mean = inputs.mean(0), outputs.mean(0)
     centered = (inputs - mean).double()
     covariance = centered.T @ centered / len(inputs)

@@ -92,10 +92,10 @@ def choose_seed(results: dict[str, Result]) -> dict[str, Result]:
     groups = group_by_seed(results)
     if all(len(group) == 1 for group in groups):
         return results
-    shared = set.intersection(*({results[name]["config"]["seed"] for name in group} for group in groups))
-    if not shared:
+    common_seeds = set.intersection(*({results[name]["config"]["seed"] for name in group} for group in groups))
+    if not common_seeds:
         raise UserError("these runs have no seed in common: run one of them again with the seed of the others")
-    chosen = [name for group in groups for name in group if results[name]["config"]["seed"] == min(shared)]
+    chosen = [name for group in groups for name in group if results[name]["config"]["seed"] == min(common_seeds)]
     return {name: results[name] for name in chosen}
 
 

@@ -1,4 +1,4 @@
-"""What the page in the browser asks for: searches, photos, copies, a map. Requests and answers are plain values."""
+"""What the page in the browser requests: searches, photos, copies, a map. Requests and responses are plain values."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the page asks for, asked without a browser."""
+"""What the page requests, requested without a browser."""
 
 import base64
 import json
