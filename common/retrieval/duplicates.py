@@ -114,8 +114,15 @@ def group_similar(embeddings: np.ndarray, images: Sequence[Image.Image], thresho
     np.fill_diagonal(similarities, -np.inf)
     nearest = np.argsort(-similarities, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(embeddings) - 1)]
     pairs = _pairs(np.arange(len(embeddings)), nearest)
-    small = to_grey(np.stack([SMALL.resize_crop(image) for image in images]))
+    small = np.stack([_keep_small(image) for image in images])
     return group_pairs(pairs[correlate_pairs(small, pairs) >= threshold], len(embeddings))
+
+
+def _keep_small(image: Image.Image) -> np.ndarray:
+    """uint8 [SIZE, SIZE]: the image in grey, computed once: it is found by many searches."""
+    if "small" not in image.info:
+        image.info["small"] = to_grey(SMALL.resize_crop(image)[None])[0]
+    return image.info["small"]
 
 
 def to_grey(pixels: np.ndarray) -> np.ndarray:
