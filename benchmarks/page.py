@@ -10,14 +10,18 @@ import base64
 import json
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -29,6 +33,7 @@ from common.report.plots import load_pyplot
 
 NUM_PHOTOS = 50  # distinct queries
 START_SECONDS = 120  # that the page may take to start
+KEEP_SECONDS = 3  # that a connection may rest; the page closes it after 5
 FRACTION = 1 / 6  # of the time, for each of the other measurements
 
 
@@ -40,16 +45,18 @@ class Config:
     results: str = "results"  # the folder with the checkpoints; the result file goes there
     cache: str = "data/.cache"  # a folder that keeps embeddings, or "none"
     device: str = "auto"  # "cpu", "cuda", "mps", or "auto": the fastest available
+    inference: Literal["torch", "openvino", "int8"] = "torch"  # what computes the network
     port: Annotated[int, Range(1, 65_535)] = 7869  # of the page meanwhile
     clients: Annotated[int, Range(1, 1000)] = 8  # at once
     seconds: Annotated[int, Range(1, 3600)] = 60  # that they search for
 
 
 class Client:
-    """Sends requests to the page as a browser does."""
+    """Sends requests to the page as a browser does, from any number of threads; connections are kept."""
 
     def __init__(self, address: str) -> None:
-        self.address, self.session = address, uuid.uuid4().hex
+        self.host, self.session = urlsplit(address).netloc, uuid.uuid4().hex
+        self.kept = threading.local()  # a connection for each thread
         with urllib.request.urlopen(f"{address}/config", timeout=60) as response:
             components = json.load(response)["components"]
         self.component = next(each["id"] for each in components if each["type"] == "html")
@@ -57,13 +64,21 @@ class Client:
     def call(self, name: str, request: dict) -> dict:
         """The response of a function of the page's server."""
         body = {"data": request, "component_id": self.component, "fn_name": name, "session_hash": self.session}
-        sent = urllib.request.Request(
-            f"{self.address}/gradio_api/component_server",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(sent, timeout=60) as response:
-            return json.load(response)
+        connection, used = getattr(self.kept, "connection", (HTTPConnection(self.host, timeout=60), 0.0))
+        if time.monotonic() > used + KEEP_SECONDS:
+            connection.close()  # it opens with the next request
+        self.kept.connection = connection, time.monotonic()
+        headers = {"Content-Type": "application/json"}
+        try:
+            connection.request("POST", "/gradio_api/component_server", json.dumps(body).encode(), headers)
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, HTTPException):
+            connection.close()
+            raise
+        if response.status != HTTPStatus.OK:
+            raise RuntimeError(f"status {response.status}")
+        return json.loads(content)
 
     def search(self, photo: bytes, approach: str) -> None:
         """One search through the page, from file to results; raises RuntimeError if there are none."""
@@ -115,7 +130,7 @@ def search_for(seconds: float, search_with: Callable[[int], object], clients: in
 def serve(config: Config) -> subprocess.Popen:
     """Starts app.py and waits for its page; raises `UserError` if it does not start."""
     script = Path(__file__).resolve().parents[1] / "app.py"
-    options = {name: getattr(config, name) for name in ("index", "results", "cache", "device", "port")}
+    options = {name: getattr(config, name) for name in ("index", "results", "cache", "device", "inference", "port")}
     flags = [part for name, value in options.items() if value for part in (f"--{name}", str(value))]
     served = subprocess.Popen([sys.executable, str(script), "--no-open-browser", *flags], stdout=subprocess.DEVNULL)
     for _ in range(10 * START_SECONDS):
@@ -132,7 +147,7 @@ def serve(config: Config) -> subprocess.Popen:
 
 def main(config: Config) -> None:
     """Measures the page and the search engine itself; writes `benchmark_page.json`."""
-    options = {name: getattr(config, name) for name in ("index", "results", "cache", "device")}
+    options = {name: getattr(config, name) for name in ("index", "results", "cache", "device", "inference")}
     page_config = PageConfig(**options)
     engine = next(iter(load_engines(page_config).values()))
     chosen = np.unique(np.linspace(0, len(engine.gallery) - 1, NUM_PHOTOS).astype(int))
