@@ -23,7 +23,7 @@ from common.serving import FairSemaphore, RecentPhotos, data_url, decode_base64,
 ALL = "all"  # approaches side by side
 NUM_EXAMPLES = 6  # photos to begin with
 LARGE = 1280  # pixels, at most, of a photo shown alone
-MAX_CONCURRENT = 2  # searches, the network of each on half of the cores; with 3, p95 of 8 clients is a quarter longer
+MAX_CONCURRENT = 2  # searches, the network of each on half of the cores; with 3, p95 of 8 clients is a tenth longer
 MAX_RESULTS, MAX_PHOTOS, MAX_FEEDBACK = 200, 8, 50  # of a search
 MAX_LISTED = 300  # classes or folders to choose from
 RECENT_BYTES = 256_000_000  # of photos that were searched with
