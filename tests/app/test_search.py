@@ -1,7 +1,6 @@
 """From a photo to its results and back: files, paste, drop, approaches, history, bad input."""
 
 import base64
-import json
 import shutil
 import zlib
 
@@ -200,4 +199,6 @@ def test_an_address_that_means_nothing(visit, address, fragment):
     page = visit(f"{address}#{fragment}")
     if "photo" in fragment:
         wait_for_text(page, "#status", "kept neither here nor in the gallery")
-    assert json.loads(page.evaluate("JSON.stringify([...document.querySelectorAll('.tile')].length)")) == 0
+    assert page.locator(".tile").count() == 0
+    assert page.get_by_label("siamese", exact=True).is_checked()
+    assert page.input_value("#k") == ("1" if "k=-5" in fragment else "10")
