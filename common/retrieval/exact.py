@@ -37,7 +37,6 @@ from common.retrieval.rough import (
     find_candidates_on_gpu,
     rough_product,
     round_vectors,
-    rounding_errors,
 )
 from common.row_cache import StoredRows
 
@@ -56,13 +55,11 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
     Raises ValueError for NaN and infinity.
     """
     vectors = np.ascontiguousarray(vectors, np.float32)  # torch takes no negative strides, faiss none at all
-    starts = range(0, len(vectors), GALLERY_BLOCK)  # a norm makes a copy of what it is given
-    parts = [np.linalg.norm(vectors[start : start + GALLERY_BLOCK], axis=1, keepdims=True) for start in starts]
-    lengths = np.concatenate([np.ones((0, 1), np.float32), *parts])
-    if not np.isfinite(lengths).all():
-        raise ValueError("a vector holds NaN or infinity")
+    lengths = np.sqrt(np.vecdot(vectors, vectors))[:, None]  # np.linalg.norm makes a copy
     if (np.abs(lengths - 1) < UNIT_TOLERANCE).all():
         return vectors
+    if not np.isfinite(lengths).all():
+        raise ValueError("a vector holds NaN or infinity")
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
@@ -135,7 +132,8 @@ class CosineKNN:
     @cached_property
     def _rounded(self) -> tuple[torch.Tensor, float]:
         """The gallery in bfloat16, and its largest rounding error. Kept: half as much memory as the gallery takes."""
-        return round_vectors(torch.from_numpy(self.gallery[:]))
+        rounded, errors = round_vectors(torch.from_numpy(self.gallery[:]))
+        return rounded, float(errors.max())
 
     def _checked(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.gallery.shape[1]:
@@ -193,11 +191,12 @@ class CosineKNN:
             # In float32: no bound is published for the errors of a card's 16-bit products.
             rough_queries, rough_block = rough_queries.to(self.gpu), rough_block.to(self.gpu)
         elif choose_rough_precision(len(queries), in_memory and self.has_searched) == torch.bfloat16:
-            query_errors, rough_queries = rounding_errors(rough_queries), rough_queries.bfloat16()
+            rough_queries, query_errors = round_vectors(rough_queries)
             if in_memory:
                 rough_block, block_error = self._rounded[0][part], self._rounded[1]
             else:
-                rough_block, block_error = round_vectors(rough_block)
+                rough_block, errors = round_vectors(rough_block)
+                block_error = float(errors.max())
         return rough_queries, rough_block, bound_errors(query_errors, block_error, queries.shape[1], rough_block.dtype)
 
     def _merge_precisely(

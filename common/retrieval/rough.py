@@ -44,15 +44,12 @@ def blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def round_vectors(vectors: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """[N, D] in bfloat16, and the largest error of that."""
-    return vectors.bfloat16(), float(rounding_errors(vectors).max())
-
-
-def rounding_errors(vectors: torch.Tensor) -> np.ndarray:
-    """The distance of each of [N, D] from itself rounded to bfloat16: float32 [N, 1]."""
-    errors = [chunk.bfloat16().float().sub_(chunk).norm(dim=1, keepdim=True) for chunk in vectors.split(1024)]
-    return torch.cat(errors).numpy()
+def round_vectors(vectors: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """[N, D] in bfloat16, and how far each is from that: float32 [N, 1]."""
+    rounded = vectors.bfloat16()
+    chunks = zip(rounded.split(1024), vectors.split(1024), strict=True)
+    differences = ((low.float() - full).numpy() for low, full in chunks)
+    return rounded, np.sqrt(np.concatenate([np.vecdot(each, each) for each in differences]))[:, None]
 
 
 def bound_errors(query_errors: np.ndarray, block_error: float, dim: int, precision: torch.dtype) -> np.ndarray:
@@ -78,20 +75,22 @@ def find_candidates(
     """
     if len(excluded[0]):
         scores[excluded] = -torch.inf
-    # Positive floats sort like their bits, and integers compare many times faster than bfloat16.
-    bits = torch.int16 if scores.dtype == torch.bfloat16 else torch.int32
+    # Positive floats sort like their bits, and integers compare many times faster than bfloat16, whose bits are the
+    # first half of a float32's.
+    bits, dropped = (torch.int16, 16) if scores.dtype == torch.bfloat16 else (torch.int32, 0)
     keys = scores.view(bits).numpy()
     columns = keys.shape[1]
     group_size = min(16, columns // (4 * k)) or 1
     num_groups = columns // group_size
     if k <= num_groups:  # the k-th best of the groups' maxima is at most the k-th best of all
         maxima = keys[:, : group_size * num_groups].reshape(-1, group_size, num_groups).max(axis=1)
-        kth = np.partition(maxima, num_groups - k, axis=1)[:, num_groups - k, None].copy()
-        kth_best = np.maximum(kth_best, torch.from_numpy(kth).view(scores.dtype).float().numpy())
+        kth = np.partition(maxima, num_groups - k, axis=1)[:, num_groups - k, None]
+        kth_best = np.maximum(kth_best, (kth.astype(np.int32) << dropped).view(np.float32))
     # Scores of unit vectors are at most 1, but for rounding, which the error bound does not cover above 1.
-    threshold = torch.from_numpy(np.minimum(kth_best, 1) - margin).to(scores.dtype)
-    # Rounding the threshold loses no candidate, as the scores are rounded too. If it isn't positive, take all.
-    mask = keys >= torch.where(threshold > 0, threshold.view(bits), torch.iinfo(bits).min).numpy()
+    threshold = np.minimum(kth_best, 1) - margin
+    # Without the second half of its bits it is lower, and loses no candidate. If it isn't positive, take all.
+    lowest = np.where(threshold > 0, threshold.view(np.int32) >> dropped, np.iinfo(keys.dtype).min)
+    mask = keys >= lowest.astype(keys.dtype)
     mask[excluded] = False
     return np.divmod(np.flatnonzero(mask), columns)  # np.nonzero is several times slower
 

@@ -110,6 +110,14 @@ def test_one_query_after_another_finds_what_all_at_once_find(monkeypatch, block,
         assert np.concatenate([each for each, _ in found]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_errors_of_rounding_to_bfloat16():
+    vectors = torch.tensor([[1.0, 0.5, 0.0], [1 + 2**-8, 0, 0], [1 + 2**-8, 0, 2 + 2**-7], [1 + 2**-7, 0, 0]])
+    rounded, errors = rough.round_vectors(vectors.repeat(600, 1))  # more than are rounded at a time
+    assert rounded[:4].tolist() == [[1, 0.5, 0], [1, 0, 0], [1, 0, 2], [1 + 2**-7, 0, 0]]
+    assert errors.shape == (2400, 1)
+    assert errors.reshape(600, 4) == pytest.approx(np.tile([0, 2**-8, 5**0.5 * 2**-8, 0], (600, 1)))
+
+
 def test_a_single_query_is_left_out_by_its_index():
     gallery = np.array([[1.0, 0], [1, 0], [0, 1], [1, 0.1]])
     index = CosineKNN(gallery)
