@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import gc
 import inspect
 import io
 import re
@@ -187,6 +188,7 @@ def run_script(main: Callable[[Any], Any], config_class: type, description: str 
     for stream in (sys.stdout, sys.stderr):  # a photo's name may contain what the terminal's encoding can't show
         if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             stream.reconfigure(errors="backslashreplace")
+    gc.freeze()  # the garbage collector needn't look through all that was imported, not even when the program ends
     try:
         with quiet_unless_first(), terminated_like_ctrl_c():
             main(parse_config(config_class, description or ""))

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from common.config import (
     hyperparameters,
     parse_config,
     printable,
+    run_script,
 )
 
 RUNS = ("siamese", "cnn_feature_extraction", "autoencoder")
@@ -217,3 +219,15 @@ def test_what_a_terminal_would_obey_is_escaped():
     assert printable("Zoë's 写真 01.jpg") == "Zoë's 写真 01.jpg"
     assert printable("a\nb\x1b[2J\u202e\x07") == r"a\nb\x1b[2J\u202e\x07"
     assert printable(os.fsdecode(b"\xff.jpg")) == r"\udcff.jpg"
+
+
+def test_what_was_imported_is_no_garbage(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--seed", "7"])
+    seen = []
+    try:
+        run_script(lambda config: seen.append((config.seed, gc.get_freeze_count())), Config, "What it does.")
+    finally:
+        gc.unfreeze()
+    [(seed, frozen)] = seen
+    assert seed == 7
+    assert frozen > 10_000
