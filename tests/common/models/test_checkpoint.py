@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import os
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from common.config import UserError
 from common.models.checkpoint import SCHEMA, Checkpoint, strip_prefix
+from common.process import Terminated
 
 CHECKPOINT = Checkpoint(
     approach="small",
@@ -38,17 +40,24 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert loaded.optimizer["param_groups"] == [{"lr": 0.01, "params": [0]}]
 
 
-def test_an_interrupted_save_keeps_the_last_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("writes", [0, 1, 2, 5])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Terminated(15)])
+def test_an_interrupted_save_keeps_the_last_one(tmp_path, monkeypatch, writes, stop):
     path = tmp_path / "small.pt"
     CHECKPOINT.save(path)
+    left = [None] * writes
 
-    def interrupt(fields, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            if not left:
+                raise stop  # as a signal does that comes meanwhile: torch makes a RuntimeError of it
+            left.pop()
+            return super().write(data)
 
-    monkeypatch.setattr(torch, "save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as raised:
+        patched.setattr(type(path), "open", lambda self, mode: Interrupted(self, mode))
         CHECKPOINT.save(path)
+    assert raised.value is stop
     assert os.listdir(tmp_path) == ["small.pt"]
     assert Checkpoint.load(path).photos == "0123"
 
