@@ -32,6 +32,7 @@ TARGETS = {  # module: (functions that are changed, none: all; what tests it; mu
 MAX_SECONDS = 120
 ONLY_SPEED = "changes how much is compared at a time, or how many candidates are compared exactly"
 NEVER = "of a zip whose arguments always have the same length"
+IN_MEMORY, LARGER_BLOCK = "isinstance(self.gallery, np.ndarray)", "size *= max(1, FEW_QUERIES // len(queries))"
 EQUIVALENT = {  # mutants that change no result: why
     "exact.py: FEW_QUERIES // len(queries) -> FEW_QUERIES * len(queries)": ONLY_SPEED,
     "exact.py: len(queries) < MANY_QUERIES -> len(queries) <= MANY_QUERIES": ONLY_SPEED,
@@ -41,11 +42,24 @@ EQUIVALENT = {  # mutants that change no result: why
     "exact.py: scores >= scores[:, k - 1:k] - tolerance -> scores > scores[:, k - 1:k] - tolerance": (
         "differs where a score is at the bound to the last bit, and the bound has room"
     ),
+    f"exact.py: if {IN_MEMORY}:\n    {LARGER_BLOCK} -> if not {IN_MEMORY}:\n    {LARGER_BLOCK}": ONLY_SPEED,
+    "exact.py: errors.max -> errors.min": "rounding scores and thresholds to bfloat16 has room for the difference",
+    "exact.py: 4 -> 5": "of the lanes that a bound on an error counts with, which has room",
+    "exact.py: scores[:, :-1] <= scores[:, 1:] + tolerance -> scores[:, :-1] < scores[:, 1:] + tolerance": (
+        "differs where two scores are a tolerance apart to the last bit, and the tolerance has room"
+    ),
+    "exact.py: 512 -> 513": ONLY_SPEED,
+    "exact.py: 0 -> 1": "of an empty matrix that is made for a warning alone",
     "exact.py: False -> True": "torch checks what is right",
     "metrics.py: True -> False": NEVER,
     "rough.py: 1024 -> 1025": ONLY_SPEED,
     "rough.py: 16 -> 17": ONLY_SPEED,
     "rough.py: 1 -> 2": "of a group's size, only speed; of a score's limit, counts where rounding gives more than 1",
+    "rough.py: queries >= MANY_QUERIES -> queries > MANY_QUERIES": ONLY_SPEED,
+    "rough.py: k <= num_groups -> k < num_groups": ONLY_SPEED,
+    "rough.py: keys >= lowest.astype(keys.dtype) -> keys > lowest.astype(keys.dtype)": (
+        "differs where a score is at the bound to the last bit, and the bound has room"
+    ),
     "rough.py: threshold > 0 -> threshold >= 0": "differs for a bound of exactly 0, for which both hold",
     "split.py: True -> False": NEVER,
     "split.py: len(copies) > 1 -> len(copies) >= 1": "a class of one content is decided on before",
