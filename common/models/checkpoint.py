@@ -46,7 +46,7 @@ class Checkpoint:
             try:
                 with stream:
                     torch.save(stored, stream)
-            except (RuntimeError, OSError) as error:  # the former is torch's, whatever has stopped the stream
+            except (RuntimeError, OSError) as error:  # torch raises the former, whatever stopped the stream
                 if isinstance(error.__context__, KeyboardInterrupt):
                     raise error.__context__ from None
                 raise UserError(f"{path} can't be written: make room on its disk") from error

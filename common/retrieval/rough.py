@@ -77,7 +77,7 @@ def find_candidates(
         scores[excluded] = -torch.inf
     # Positive floats sort like their bits, and integers compare many times faster than bfloat16, whose bits are the
     # first half of a float32's.
-    bits, dropped = (torch.int16, 16) if scores.dtype == torch.bfloat16 else (torch.int32, 0)
+    bits, dropped_bits = (torch.int16, 16) if scores.dtype == torch.bfloat16 else (torch.int32, 0)
     keys = scores.view(bits).numpy()
     columns = keys.shape[1]
     group_size = min(16, columns // (4 * k)) or 1
@@ -85,11 +85,11 @@ def find_candidates(
     if k <= num_groups:  # the k-th best of the groups' maxima is at most the k-th best of all
         maxima = keys[:, : group_size * num_groups].reshape(-1, group_size, num_groups).max(axis=1)
         kth = np.partition(maxima, num_groups - k, axis=1)[:, num_groups - k, None]
-        kth_best = np.maximum(kth_best, (kth.astype(np.int32) << dropped).view(np.float32))
+        kth_best = np.maximum(kth_best, (kth.astype(np.int32) << dropped_bits).view(np.float32))
     # Scores of unit vectors are at most 1, but for rounding, which the error bound does not cover above 1.
     threshold = np.minimum(kth_best, 1) - margin
-    # Without the second half of its bits it is lower, and loses no candidate. If it isn't positive, take all.
-    lowest = np.where(threshold > 0, threshold.view(np.int32) >> dropped, np.iinfo(keys.dtype).min)
+    # Cut to the bits of a score, the threshold is lower and loses no candidate. If it isn't positive, take all.
+    lowest = np.where(threshold > 0, threshold.view(np.int32) >> dropped_bits, np.iinfo(keys.dtype).min)
     mask = keys >= lowest.astype(keys.dtype)
     mask[excluded] = False
     return np.divmod(np.flatnonzero(mask), columns)  # np.nonzero is several times slower
@@ -99,12 +99,12 @@ def find_candidates_on_gpu(
     scores: torch.Tensor, k: int, kth_best: np.ndarray, margin: np.ndarray, excluded: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `find_candidates`, of float32 `scores` on a GPU: only the positions of the candidates are copied from it."""
-    hidden = tuple(torch.from_numpy(positions).to(scores.device) for positions in excluded)
-    scores[hidden] = -torch.inf
+    excluded_there = tuple(torch.from_numpy(positions).to(scores.device) for positions in excluded)
+    scores[excluded_there] = -torch.inf
     best = torch.from_numpy(kth_best).to(scores.device)
     if k <= scores.shape[1]:
         best = torch.maximum(best, scores.topk(k, dim=1).values[:, -1:])
     mask = scores >= best.clamp(max=1) - torch.from_numpy(margin).to(scores.device)
-    mask[hidden] = False
+    mask[excluded_there] = False
     row, column = mask.nonzero(as_tuple=True)
     return row.cpu().numpy(), column.cpu().numpy()
