@@ -1,6 +1,7 @@
 """Runs of the scripts in processes forked from one that has imported what they need: importing it takes 5 s each time.
 
-Such a process has the arguments, folder, environment and streams of a program that is started from the shell.
+Such a process has the arguments, folder, environment and streams of a program that is started from the shell. Its one
+other difference: latency is measured with the smallest number of queries, 20 and not 200, which saves 2 s each time.
 """
 
 import json
@@ -158,6 +159,8 @@ if __name__ == "__main__":
 
     for each in sys.argv[1:]:
         importlib.import_module(each)
+    if timing := sys.modules.get("common.retrieval.timing"):
+        timing.LATENCY_SECONDS = 0
     for line in sys.stdin:
         kind, *details = json.loads(line)
         print(json.dumps(_start(*details) if kind == "start" else _wait(*details, kind)), flush=True)

@@ -49,7 +49,7 @@ def test_a_run_and_a_second_one(run_script, synthetic_photos, tmp_path):
         assert 0 <= first["metrics"][name]["value"] <= 1
     assert [each["epoch"] for each in first["history"]] == [1, 2, 3, 4]
     assert first["baselines"].keys() == {"chance", "raw_pixels"}  # nothing is pre-trained without weights
-    assert first["timing"]["query_latency_ms"]["queries"] >= 200
+    assert first["timing"]["query_latency_ms"]["queries"] == 20
     picture = Image.open(tmp_path / "results" / "cnn_feature_extraction.png")
     assert picture.height > 1000
 

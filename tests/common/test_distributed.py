@@ -2,8 +2,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "distributed_worker.py"
 APPROACHES = ("siamese", "triplet", "cnn_feature_extraction", "autoencoder")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def started(forks, folder, count, *arguments):
@@ -55,13 +53,13 @@ def test_several_processes_train_as_one_does(one_process, forks, tmp_path, count
             assert several["history"][0][name] == pytest.approx(one["history"][0][name], abs=1e-6), (approach, name)
 
 
-def test_a_script_started_by_torchrun(run_script, few_photos, tmp_path):
+def test_a_script_started_by_torchrun(run_script, forks, few_photos, tmp_path):
     """Both processes end well, one of them writes, and the result is that of a single process."""
     options = ("--data", str(few_photos), "--backbone", "squeezenet1_1", "--weights", "none", "--epochs", "1")
     sizes = ("--image-size", "64", "--view-size", "48", "--batch-size", "16")
     alone = run_script("siamese.py", *options, *sizes, "--results", "alone", "--cache", "cache1")
     command = (*TORCHRUN, str(ROOT / "siamese.py"), *options, *sizes, "--results", "together", "--cache", "cache2")
-    together = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    together = forks.run(command, tmp_path)
     losses = []
     for name, ended in (("alone", alone), ("together", together)):
         assert ended.returncode == 0, ended.stderr
