@@ -75,6 +75,7 @@ class Config(RunConfig):
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.35  # of a view, as a fraction of the photo
+    degraded_views: Annotated[float, Range(0, 1)] = 0.0  # fraction of views that are framed and compressed at random
     epochs: Annotated[int, Range(0, 100_000)] = 4  # passes over the training photos
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step
     learning_rate: Annotated[float, Range(1e-9, 10)] = 5e-4  # peak, of AdamW
@@ -163,14 +164,13 @@ class Autoencoder(nn.Module):
 
 
 def training_step(
-    network: Callable,
-    batch: Batch,
-    config: Config,
-    preprocessing: Preprocessing,
-    targets: torch.Tensor | None,  # NxD, the semantics of the training photos
+    network: Callable, batch: Batch, config: Config, preprocessing: Preprocessing, targets: torch.Tensor | None
 ) -> Losses:
-    """The losses of a batch: the whole photo is reconstructed, a view of it recognized."""
-    views = preprocessing.normalize(random_views(batch.images, config.min_crop_area, config.view_size))
+    """The losses of a batch: the whole photo is reconstructed, a view of it recognized.
+
+    `targets`: float NxD, the semantics of all training photos; None if there is no pre-trained network.
+    """
+    views = preprocessing.normalize(random_views(batch.images, config))
     photos = preprocessing.normalize(batch.images.float())
     wanted = None if targets is None else targets[batch.indices]
     reconstructions, semantics = network(views, photos, wanted)

@@ -77,6 +77,7 @@ class Config(RunConfig):
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.2  # of a view, as a fraction of the photo
+    degraded_views: Annotated[float, Range(0, 1)] = 0.0  # fraction of views that are framed and compressed at random
     epochs: Annotated[int, Range(0, 100_000)] = 8  # passes over the training photos
     batch_size: Annotated[int, Range(2, 65_536)] = (
         64  # photos per step; the contrastive loss is over every pair of their views
@@ -115,7 +116,7 @@ def training_step(
 ) -> Losses:
     """The losses of a batch, from views of `view_size` x `view_size` pixels."""
     num_views = 2 if config.view_weight else 1
-    views = [random_views(batch.images, config.min_crop_area, config.view_size) for _ in range(num_views)]
+    views = [random_views(batch.images, config) for _ in range(num_views)]
     embeddings = gather(network(preprocessing.normalize(torch.cat(views))), num_views)  # VBxE
     classes, kinds, details = heads.split(embeddings)  # VBxC, VBxK, VBxD
     targets = None if task.targets is None else task.targets[gather(batch.indices)]

@@ -1,10 +1,12 @@
 """Augmented views of photos for training: a whole batch at a time, on its device.
 
 Crops, mirroring and colors as in SimCLR (Chen et al. 2020); sheared, at a lower resolution and with a rectangle erased
-(Zhong et al. 2020, Random Erasing Data Augmentation), so that a network meets copies of photos as they are passed on.
+(Zhong et al. 2020, Random Erasing Data Augmentation), if asked for also framed and compressed, so that a network meets
+copies of photos as they are passed on.
 """
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,36 +23,78 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 # RGB -> a grey axis and two colour axes, in which a rotation changes the hue alone (NTSC's YIQ)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 FROM_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
+FRAME = 1.3  # side of a frame, at most, relative to that of the crop without
+JPEG_QUALITY = (10, 80)  # of compressed views, log-uniform
+BLOCK = 8  # pixels, the side of what JPEG transforms at a time
+# ITU-T T.81 (JPEG), annex K.1: the steps of quality 50, by which coefficients of luma and of chroma are quantized
+LUMA_STEPS = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+CHROMA_STEPS = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    *(4 * ((99,) * 8,)),
+)
+STEPS = LUMA_STEPS, CHROMA_STEPS, CHROMA_STEPS
+YCBCR = (GREY, (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # JFIF, about 128
+FROM_YCBCR = tuple(map(tuple, np.linalg.inv(YCBCR).tolist()))
+COSINES = tuple(  # the orthonormal discrete cosine transform of 8 values
+    tuple(math.sqrt((2 if k else 1) / BLOCK) * math.cos(math.pi * (2 * n + 1) * k / (2 * BLOCK)) for n in range(BLOCK))
+    for k in range(BLOCK)
+)
 
 
-def random_views(images: torch.Tensor, min_crop_area: float, size: int) -> torch.Tensor:
-    """float32 [B, size, size, 3], RGB in [0, 255]: a part of each photo, mirrored, stretched, sheared, color-jittered,
-    partly erased and of lower resolution, each at random.
+class ViewConfig(Protocol):
+    """The hyperparameters of views."""
 
-    Args:
-        images: uint8 [B, S, S, 3].
-        min_crop_area: of a crop, as a fraction of the photo in (0, 1]; areas are uniform up to 1, before a stretched
-            crop is cut to the photo's sides.
-        size: pixels, square, that a crop is resized to.
+    view_size: int  # pixels, square
+    min_crop_area: float  # of a crop, as a fraction of the photo in (0, 1]; uniform up to 1, then cut to its sides
+    degraded_views: float  # the fraction of views that are framed, and of those of lower resolution that are compressed
+
+
+def random_views(images: torch.Tensor, config: ViewConfig) -> torch.Tensor:
+    """float32 [B, view_size, view_size, 3], RGB in [0, 255], from uint8 [B, S, S, 3]: a part of each photo, mirrored,
+    stretched, sheared, framed, color-jittered, partly erased, of lower resolution and compressed, each at random.
 
     Draws from torch's generators of the images' device and of the CPU.
     """
-    views = color_jitter(random_crop(images.permute(0, 3, 1, 2).float(), min_crop_area, size))
-    return random_resolution(random_erasing(views)).permute(0, 2, 3, 1)
+    photos = images.permute(0, 3, 1, 2).float()
+    views = color_jitter(random_crop(photos, config.min_crop_area, config.view_size, config.degraded_views))
+    return random_resolution(random_erasing(views), config.degraded_views).permute(0, 2, 3, 1)
 
 
-def random_crop(images: torch.Tensor, min_crop_area: float, size: int) -> torch.Tensor:
-    """float32 [B, 3, size, size] from float32 [B, 3, S, S]: crops, mirrored half the time, stretched and sheared."""
+def random_crop(images: torch.Tensor, min_crop_area: float, size: int, framed: float = 0.0) -> torch.Tensor:
+    """float32 [B, 3, size, size] from float32 [B, 3, S, S]: crops, mirrored half the time, stretched and sheared.
+
+    Beyond the photo's edge are its outermost pixels, in a fraction `framed` one random color; those show more of it.
+    """
     side = _uniform(images, min_crop_area, 1).sqrt()  # of the crop, as a fraction of the photo's
     stretch = _uniform(images, -STRETCH, STRETCH).exp()
     width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
+    if framed:
+        is_framed = _uniform(images, 0, 1) < framed
+        scale = torch.where(is_framed, _uniform(images, 1, FRAME), 1)
+        width, height = width * scale, height * scale
     mirror = 1 - 2 * own_rows(torch.randint(2, (world().size * len(images),), device=images.device))
     x, y = ((1 - length) * _uniform(images, -1, 1) for length in (width, height))  # the crop's centre, in [-1, 1]
     tilt_x, tilt_y = (side * _uniform(images, -SHEAR, SHEAR) for _ in range(2))
     affine = torch.stack([width * mirror, tilt_x, x, tilt_y, height, y], 1).view(-1, 2, 3)
     grid = functional.affine_grid(affine, [*images.shape[:2], size, size], align_corners=False)
     edge = 1 - 1 / images.shape[-1]  # the centres of the outermost pixels; "border" is not there on every device
-    return functional.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
+    crops = functional.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
+    if framed:
+        outside = (grid.abs() > 1).any(3)[:, None] & is_framed.view(-1, 1, 1, 1)
+        crops = torch.where(outside, _random_color(images), crops)
+    return crops
 
 
 def color_jitter(images: torch.Tensor) -> torch.Tensor:
@@ -84,16 +128,43 @@ def random_erasing(images: torch.Tensor) -> torch.Tensor:
         place = (torch.arange(pixels, device=images.device) + 0.5) / pixels
         inside.append((place >= start[:, None]) & (place < (start + side)[:, None]))
     mask = inside[0][:, None, :, None] & inside[1][:, None, None, :] & is_erased.view(-1, 1, 1, 1)
-    return torch.where(mask, _uniform(images, 0, 255, 3).view(-1, 3, 1, 1), images)
+    return torch.where(mask, _random_color(images), images)
 
 
-def random_resolution(images: torch.Tensor) -> torch.Tensor:
-    """float32 [B, 3, S, S]; half of the images as if they had been smaller, by one factor for all of them."""
+def random_resolution(images: torch.Tensor, compressed: float = 0.0) -> torch.Tensor:
+    """float32 [B, 3, S, S]; half of the images as if they had been smaller, by one factor for all of them.
+
+    A fraction `compressed` of these has been compressed as JPEG at that size, a multiple of `BLOCK` then.
+    """
     size = images.shape[2]
-    smaller = max(1, round(size * LOW_RESOLUTION ** float(torch.rand(()))))
+    smaller = size * LOW_RESOLUTION ** float(torch.rand(()))
+    smaller = BLOCK * max(1, round(smaller / BLOCK)) if compressed else max(1, round(smaller))
     small = functional.interpolate(images, smaller, mode="bilinear", antialias=True)
+    if compressed:
+        is_compressed = (_uniform(images, 0, 1) < compressed).view(-1, 1, 1, 1)
+        quality = _uniform(images, math.log(JPEG_QUALITY[0]), math.log(JPEG_QUALITY[1])).exp()
+        small = torch.where(is_compressed, compress(small, quality), small)
     is_small = (_uniform(images, 0, 1) < 0.5).view(-1, 1, 1, 1)
     return torch.where(is_small, functional.interpolate(small, size, mode="bilinear"), images)
+
+
+def compress(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+    """float32 [B, 3, H, W], RGB in [0, 255], with the losses of JPEG, but without those of smaller chroma and rounding.
+
+    H and W are multiples of `BLOCK`; `quality`: float [B] in [1, 100), as of libjpeg.
+    """
+    device, (height, width) = images.device, images.shape[2:]
+    cosines, ycbcr, rgb = (constant(values, device) for values in (COSINES, YCBCR, FROM_YCBCR))
+    planes = (ycbcr @ (images.flatten(2) - 128)).view(-1, 3, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
+    coefficients = cosines @ planes.transpose(3, 4) @ cosines.T  # Bx3xHxWx8x8, of blocks
+    scale = torch.where(quality < 50, 50 / quality, 2 - quality / 50)
+    steps = (scale.view(-1, 1, 1, 1) * constant(STEPS, device)).round().clamp(min=1)[:, :, None, None]
+    planes = cosines.T @ ((coefficients / steps).round() * steps) @ cosines
+    return (128 + rgb @ planes.transpose(3, 4).flatten(2)).clamp(0, 255).view_as(images)
+
+
+def _random_color(images: torch.Tensor) -> torch.Tensor:
+    return _uniform(images, 0, 255, 3).view(-1, 3, 1, 1)
 
 
 def _uniform(images: torch.Tensor, low: float, high: float, *shape: int) -> torch.Tensor:

@@ -1,12 +1,21 @@
+import io
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 from torchvision.transforms import functional as transforms
 
 from common.models import augment
-from common.models.augment import color_jitter, random_crop, random_erasing, random_resolution, random_views
+from common.models.augment import color_jitter, compress, random_crop, random_erasing, random_resolution, random_views
+
+
+def views_of(min_crop_area, size, degraded=0.0):
+    """The hyperparameters of views."""
+    return SimpleNamespace(view_size=size, min_crop_area=min_crop_area, degraded_views=degraded)
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def draw(monkeypatch, *values):
 def test_views_of_the_whole_photo_without_jitter_are_the_photo_or_its_mirror_image(crops_alone):
     torch.manual_seed(0)
     images = torch.randint(256, (16, 8, 8, 3), dtype=torch.uint8)
-    views = random_views(images, 1.0, 8)
+    views = random_views(images, views_of(1.0, 8))
     assert views.shape == images.shape
     assert views.dtype == torch.float32
     same, mirrored = ((views - each).abs().amax((1, 2, 3)) < 0.01 for each in (images.float(), images.flip(2).float()))
@@ -58,7 +67,7 @@ def test_beyond_the_edge_a_crop_repeats_the_outermost_pixels(monkeypatch):
 
 def test_a_view_may_be_smaller_than_the_photo(crops_alone):
     rows = torch.arange(0, 160, 20, dtype=torch.uint8).view(1, 8, 1, 1).expand(3, 8, 8, 3)
-    views = random_views(rows, 1.0, 4)
+    views = random_views(rows, views_of(1.0, 4))
     assert views.shape == (3, 4, 4, 3)
     assert torch.allclose(views[0, :, 0, 0], torch.tensor([10.0, 50, 90, 130]), atol=0.01)  # the mean of two rows
 
@@ -68,7 +77,7 @@ def test_views_follow_the_generator_of_torch():
     views = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        views.append(random_views(images, 0.5, 8))
+        views.append(random_views(images, views_of(0.5, 8)))
     assert torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2])
 
@@ -148,3 +157,79 @@ def test_half_of_the_images_have_a_lower_resolution(monkeypatch):
         functional.interpolate(images, 5, mode="bilinear", antialias=True), 32, mode="bilinear"
     )
     assert torch.equal(lower[~same], resized[~same])
+
+
+def test_a_framed_view_shows_the_whole_photo_in_one_color(crops_alone):
+    torch.manual_seed(0)
+    crops = random_crop(torch.full((400, 3, 40, 40), -1.0), 1.0, 40, framed=0.5)
+    inside = (crops < -0.9).all(1)  # NxHxW
+    is_framed = ~inside.flatten(1).all(1)
+    assert is_framed.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    side = inside[:, 20].sum(1)  # of the photo; 40 without a frame
+    assert side[is_framed].min() == pytest.approx(40 / 1.3, abs=1)
+    assert inside.sum((1, 2)).tolist() == (side * inside[:, :, 20].sum(1)).tolist()  # the photo is whole: a rectangle
+    for crop, photo in zip(crops[is_framed], inside[is_framed], strict=True):
+        assert len(crop[:, ~photo].unique(dim=1).T) == 1
+        assert crop[:, ~photo].min() >= 0
+        assert crop.max() <= 255
+
+
+def test_what_a_frame_leaves_out_is_the_view_without(crops_alone, monkeypatch):
+    monkeypatch.setattr(augment, "SHEAR", 0.2)
+    monkeypatch.setattr(augment, "FRAME", 1.0)  # nothing but the corners that shearing frees
+    crops = []
+    for framed in (1e-9, 1.0):
+        torch.manual_seed(0)
+        crops.append(random_crop(torch.full((50, 3, 40, 40), -1.0), 1.0, 40, framed))
+    assert (crops[0] < -0.9).all()
+    corners = (crops[1] > -0.9).any(1)
+    assert corners.float().mean().item() == pytest.approx(2 * 0.05, rel=0.5)
+    assert not corners[:, 20, 20].any()
+
+
+@pytest.mark.parametrize("quality", [10, 30, 80])
+def test_compressed_as_by_pillow(quality):
+    generator = torch.Generator().manual_seed(0)
+    coarse = 255 * torch.rand(2, 3, 6, 8, generator=generator)
+    images = functional.interpolate(coarse, (48, 64), mode="bicubic").clamp(0, 255).round()
+    images += 8 * torch.randn(images.shape, generator=generator)
+    images = images.clamp(0, 255).round()
+    ours = compress(images, torch.full((2,), float(quality)))
+    for image, compressed in zip(images, ours, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).byte().numpy()).save(file, "JPEG", quality=quality, subsampling=0)
+        theirs = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float()
+        assert (compressed - theirs).abs().mean() < 1.2  # it rounds colors too
+        assert (image - theirs).abs().mean() > 2
+
+
+def test_images_of_lower_resolution_are_compressed(monkeypatch):
+    torch.manual_seed(0)
+    images = 255 * torch.rand(400, 3, 32, 32)
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(0.4))  # 15 pixels, and 16 are a multiple of 8
+    monkeypatch.setattr(augment, "JPEG_QUALITY", (20, 20))
+    lower = random_resolution(images, compressed=0.5)
+    small = functional.interpolate(images, 16, mode="bilinear", antialias=True)
+    resized, compressed = (
+        functional.interpolate(each, 32, mode="bilinear") for each in (small, compress(small, torch.full((400,), 20.0)))
+    )
+    fractions = [
+        torch.isclose(lower, each, atol=0.01).flatten(1).all(1).float().mean() for each in (images, resized, compressed)
+    ]
+    assert sum(fractions) == 1
+    assert [each.item() for each in fractions] == pytest.approx([0.5, 0.25, 0.25], abs=0.07)
+
+
+def test_degraded_views_are_framed_and_compressed(crops_alone, monkeypatch):
+    torch.manual_seed(0)
+    given = {}
+    monkeypatch.setattr(augment, "compress", lambda images, quality: given.setdefault("compressed", images))
+    photos = torch.full((100, 32, 32, 3), 255, dtype=torch.uint8)
+    views = random_views(photos, views_of(1.0, 16, degraded=1.0))
+    assert views.shape == (100, 16, 16, 3)
+    assert given["compressed"].shape == (100, 3, 16, 16)
+    assert (views[:, 0, 0] < 254).any(1).float().mean() > 0.7  # the frame's color, if half a pixel wide
+    assert (views[:, 8, 8] > 254).all()
+    given.clear()
+    random_views(photos, views_of(1.0, 16))
+    assert not given
