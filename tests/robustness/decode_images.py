@@ -20,11 +20,12 @@ MAX_SECONDS = 20  # for one file; most take milliseconds
 MAX_MEMORY = 2_000_000_000  # bytes of address space; a photo of as many pixels as are allowed takes 1.0 GB
 
 
-def problems(files: Iterator[ImageFile]) -> Iterator[str]:
-    """What decoding does wrong with each of the files, whole and at a fraction of its size."""
+def problems(files: Iterator[ImageFile], names: set[str]) -> Iterator[str]:
+    """What decoding does wrong with each of the files, whole and at a fraction of its size; adds their `names`."""
     signal.signal(signal.SIGALRM, _stop)
     expected = np.asarray(sample().convert("L").resize((12, 12), Image.Resampling.BOX), float).ravel()
     for file in files:
+        names.add(file.name)
         for min_size in (0, 24):
             signal.alarm(MAX_SECONDS)
             try:
@@ -53,6 +54,7 @@ if __name__ == "__main__":
     seed, count = map(int, sys.argv[1:])
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     files = mutations(seed, count) if count else odd_images(with_largest=not seed)
-    for problem in problems(files):
+    names: set[str] = set()
+    for problem in problems(files, names):
         print(problem, flush=True)
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
+    print(f"{len(names)} images, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")

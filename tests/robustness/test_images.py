@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.robustness.odd_images import odd_images
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="limits of memory and time differ on Windows")
 
@@ -19,15 +18,13 @@ def decode_images(seed: int, count: int) -> tuple[int, list[str], str]:
 
 
 def test_odd_images_are_decoded_or_refused(full):
-    names = [image.name for image in odd_images()]
-    assert len(set(names)) == len(names) > 300
     returned, problems, last = decode_images(0 if full else 1, 0)
     assert (returned, problems) == (0, [])
-    assert last.startswith("peak ")
+    assert int(last.split(" images, peak ")[0]) > 300
 
 
 def test_mutations_are_decoded_or_refused(full):
     for seed in range(1, 3 if full else 2):
         returned, problems, last = decode_images(seed, 10_000 if full else 1_000)
         assert (returned, problems) == (0, []), seed
-        assert last.startswith("peak ")
+        assert " images, peak " in last
