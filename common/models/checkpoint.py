@@ -69,7 +69,10 @@ class Checkpoint:
         return cls(**stored)
 
     def require_same_run(self, other: "Checkpoint", path: Path) -> None:
-        """Raises `UserError` unless this checkpoint, at `path`, is of the run that `other` begins."""
+        """Raises `UserError` unless this checkpoint, at `path`, is of the run that `other` begins.
+
+        It may be older than a hyperparameter that is off: 0.
+        """
         if self.photos != other.photos:
             raise UserError(f"{path} was trained on other photos: leave --resume out to train from the start")
         if self.model != other.model:
@@ -77,7 +80,7 @@ class Checkpoint:
         changed = [
             f"{name} {self.config.get(name)!r} (now {value!r})"
             for name, value in other.config.items()
-            if name not in RESUMABLE_FIELDS and self.config.get(name) != value
+            if name not in RESUMABLE_FIELDS and self.config.get(name) != value and (name in self.config or value)
         ]
         if changed:
             raise UserError(

@@ -76,12 +76,12 @@ def _read_per_query(path: Path) -> dict[str, np.ndarray]:
 def group_by_seed(results: dict[str, Result]) -> list[list[str]]:
     """The names of runs that differ in their seed alone, in the order of the results; most groups have one run.
 
-    A run that is older than a hyperparameter counts as one with its default.
+    A run that is older than a hyperparameter counts as one with the default of `RunConfig`, or without it: with 0.
     """
     groups: dict[str, list[str]] = {}
     for name, result in results.items():
         config = dataclasses.asdict(RunConfig()) | result["config"]
-        config = {key: value for key, value in config.items() if key not in INCIDENTAL_FIELDS}
+        config = {key: value for key, value in config.items() if key not in INCIDENTAL_FIELDS and value}
         same = (result["approach"], config, result["model"]["weights"], result["dataset"]["fingerprint"])
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(name)
     return list(groups.values())

@@ -118,6 +118,7 @@ def test_only_the_same_run_is_resumed(tmp_path):
     require(config=CHECKPOINT.config | elsewhere)
     require(config=CHECKPOINT.config | {"data": "photos/", "queries": "q", "weights": "DEFAULT", "compile": True})
     require(folder="/moved", queries="", history=[])
+    require(config=CHECKPOINT.config | {"degraded_views": 0.0})  # an option that it does not know, and off
     with pytest.raises(UserError, match=r"small\.pt was trained with epochs 3 \(now 5\), seed 0 \(now 1\): give the"):
         require(config=CHECKPOINT.config | {"epochs": 5, "seed": 1})
     with pytest.raises(UserError, match=r"trained with margin None \(now 1\.0\)"):

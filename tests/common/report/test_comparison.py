@@ -154,14 +154,16 @@ def test_runs_that_differ_in_the_seed_alone_are_a_group():
         "more epochs": result_of(seed=1, epochs=9),
         "d": result_of(seed=2),
         "an option that the others don't know": result_of(seed=3, precision="auto"),
+        "one that is off": result_of(seed=4, degraded_views=0.0),
+        "one that is on": result_of(seed=4, degraded_views=0.5),
         "another value of it": result_of(seed=3, precision="float32"),
     }
     other_photos, other_weights = result_of(seed=1), result_of(seed=1)
     other_photos["dataset"]["fingerprint"] = "2" * 64
     other_weights["model"]["weights"] = "none (untrained)"
     results |= {"other photos": other_photos, "other weights": other_weights}
-    alone = ("b", "more epochs", "another value of it", "other photos", "other weights")
-    groups = [["a", "c", "d", "an option that the others don't know"], *([name] for name in alone)]
+    alone = ("b", "more epochs", "one that is on", "another value of it", "other photos", "other weights")
+    groups = [["a", "c", "d", "an option that the others don't know", "one that is off"], *([name] for name in alone)]
     assert group_by_seed(results) == groups
 
 
