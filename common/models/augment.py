@@ -1,7 +1,7 @@
 """Augmented views of photos for training: a whole batch at a time, on its device.
 
 Crops, mirroring and colors as in SimCLR (Chen et al. 2020); sheared, at a lower resolution and with a rectangle erased
-(Zhong et al. 2020, Random Erasing Data Augmentation), if asked for also framed and compressed, so that a network meets
+(Zhong et al. 2020, Random Erasing Data Augmentation), optionally framed and compressed, so that a network meets
 copies of photos as they are passed on.
 """
 
@@ -23,7 +23,7 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 # RGB -> a grey axis and two colour axes, in which a rotation changes the hue alone (NTSC's YIQ)
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 FROM_YIQ = tuple(map(tuple, np.linalg.inv(YIQ).tolist()))
-FRAME = 1.3  # side of a frame, at most, relative to that of the crop without
+FRAME = 1.3  # how many times as wide and high a framed crop is, at most
 JPEG_QUALITY = (10, 80)  # of compressed views, log-uniform
 BLOCK = 8  # pixels, the side of what JPEG transforms at a time
 # ITU-T T.81 (JPEG), annex K.1: the steps of quality 50, by which coefficients of luma and of chroma are quantized
@@ -75,7 +75,8 @@ def random_views(images: torch.Tensor, config: ViewConfig) -> torch.Tensor:
 def random_crop(images: torch.Tensor, min_crop_area: float, size: int, framed: float = 0.0) -> torch.Tensor:
     """float32 [B, 3, size, size] from float32 [B, 3, S, S]: crops, mirrored half the time, stretched and sheared.
 
-    Beyond the photo's edge are its outermost pixels, in a fraction `framed` one random color; those show more of it.
+    Where a crop reaches beyond the photo, the outermost pixels are repeated. A fraction `framed` of the crops is up to
+    `FRAME` times as large and has one random color there.
     """
     side = _uniform(images, min_crop_area, 1).sqrt()  # of the crop, as a fraction of the photo's
     stretch = _uniform(images, -STRETCH, STRETCH).exp()

@@ -66,6 +66,7 @@ def test_a_script_started_by_torchrun(run_script, forks, few_photos, tmp_path):
         assert ended.stdout.count("written: ") == 1
         result = json.loads((tmp_path / name / "siamese.json").read_text())
         losses.append(result["history"][0]["loss"])
+        assert result["timing"]["query_latency_ms"]["queries"] == (20 if name == "alone" else 200)  # see Forks
         assert result["metrics"]["precision@5"]["value"] > 0.3
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 

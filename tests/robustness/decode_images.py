@@ -25,6 +25,8 @@ def problems(files: Iterator[ImageFile], names: set[str]) -> Iterator[str]:
     signal.signal(signal.SIGALRM, _stop)
     expected = np.asarray(sample().convert("L").resize((12, 12), Image.Resampling.BOX), float).ravel()
     for file in files:
+        if file.name in names:
+            yield f"{file.name}: a second one of that name"
         names.add(file.name)
         for min_size in (0, 24):
             signal.alarm(MAX_SECONDS)
