@@ -1,8 +1,8 @@
 """Augmented views of photos for training: a whole batch at a time, on its device.
 
 Crops, mirroring and colors as in SimCLR (Chen et al. 2020); sheared, at a lower resolution and with a rectangle erased
-(Zhong et al. 2020, Random Erasing Data Augmentation), optionally framed and compressed, so that a network meets
-copies of photos as they are passed on.
+(Zhong et al. 2020, Random Erasing Data Augmentation); unless switched off, framed and compressed too, so that a network
+meets copies of photos as they are passed on.
 """
 
 import math
@@ -58,7 +58,7 @@ class ViewConfig(Protocol):
 
     view_size: int  # pixels, square
     min_crop_area: float  # of a crop, as a fraction of the photo in (0, 1]; uniform up to 1, then cut to its sides
-    degraded_views: float  # the fraction of views that are framed, and of those of lower resolution that are compressed
+    degraded_views: bool  # framed, and compressed where of lower resolution
 
 
 def random_views(images: torch.Tensor, config: ViewConfig) -> torch.Tensor:
@@ -72,18 +72,17 @@ def random_views(images: torch.Tensor, config: ViewConfig) -> torch.Tensor:
     return random_resolution(random_erasing(views), config.degraded_views).permute(0, 2, 3, 1)
 
 
-def random_crop(images: torch.Tensor, min_crop_area: float, size: int, framed: float = 0.0) -> torch.Tensor:
+def random_crop(images: torch.Tensor, min_crop_area: float, size: int, framed: bool = False) -> torch.Tensor:
     """float32 [B, 3, size, size] from float32 [B, 3, S, S]: crops, mirrored half the time, stretched and sheared.
 
-    Where a crop reaches beyond the photo, the outermost pixels are repeated. A fraction `framed` of the crops is up to
-    `FRAME` times as large and has one random color there.
+    Where a crop reaches beyond the photo, the outermost pixels are repeated. If `framed`, it is up to `FRAME` times as
+    large and has one random color there.
     """
     side = _uniform(images, min_crop_area, 1).sqrt()  # of the crop, as a fraction of the photo's
     stretch = _uniform(images, -STRETCH, STRETCH).exp()
     width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
     if framed:
-        is_framed = _uniform(images, 0, 1) < framed
-        scale = torch.where(is_framed, _uniform(images, 1, FRAME), 1)
+        scale = _uniform(images, 1, FRAME)
         width, height = width * scale, height * scale
     mirror = 1 - 2 * own_rows(torch.randint(2, (world().size * len(images),), device=images.device))
     x, y = ((1 - length) * _uniform(images, -1, 1) for length in (width, height))  # the crop's centre, in [-1, 1]
@@ -93,7 +92,7 @@ def random_crop(images: torch.Tensor, min_crop_area: float, size: int, framed: f
     edge = 1 - 1 / images.shape[-1]  # the centres of the outermost pixels; "border" is not there on every device
     crops = functional.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
     if framed:
-        outside = (grid.abs() > 1).any(3)[:, None] & is_framed.view(-1, 1, 1, 1)
+        outside = (grid.abs() > 1).any(3)[:, None]
         crops = torch.where(outside, _random_color(images), crops)
     return crops
 
@@ -132,19 +131,18 @@ def random_erasing(images: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, _random_color(images), images)
 
 
-def random_resolution(images: torch.Tensor, compressed: float = 0.0) -> torch.Tensor:
+def random_resolution(images: torch.Tensor, compressed: bool = False) -> torch.Tensor:
     """float32 [B, 3, S, S]; half of the images as if they had been smaller, by one factor for all of them.
 
-    A fraction `compressed` of these has been compressed as JPEG at that size, a multiple of `BLOCK` then.
+    If `compressed`, these have been compressed as JPEG at that size, a multiple of `BLOCK` then.
     """
     size = images.shape[2]
     smaller = size * LOW_RESOLUTION ** float(torch.rand(()))
     smaller = BLOCK * max(1, round(smaller / BLOCK)) if compressed else max(1, round(smaller))
     small = functional.interpolate(images, smaller, mode="bilinear", antialias=True)
     if compressed:
-        is_compressed = (_uniform(images, 0, 1) < compressed).view(-1, 1, 1, 1)
         quality = _uniform(images, math.log(JPEG_QUALITY[0]), math.log(JPEG_QUALITY[1])).exp()
-        small = torch.where(is_compressed, compress(small, quality), small)
+        small = compress(small, quality)
     is_small = (_uniform(images, 0, 1) < 0.5).view(-1, 1, 1, 1)
     return torch.where(is_small, functional.interpolate(small, size, mode="bilinear"), images)
 

@@ -2,9 +2,8 @@
 
 The kinds are those that photos meet on their way through phones and social networks, as in copy detection (Pizzi et al.
 2022, A Self-Supervised Descriptor for Image Copy Detection; Douze et al. 2021, DISC21). Training uses crops too
-(`common.models.augment`); its lower resolution, erased rectangle and shear are milder relatives of blur, screenshot,
-overlay, rotation and perspective. Of border, grey and all at once it has none; with `degraded_views` above 0, which is
-not the default, its frames and JPEG compression are relatives of border and screenshot too.
+(`common.models.augment`); its shear, erased rectangle, lower resolution, frame and JPEG compression are relatives of
+rotation, perspective, overlay, blur, screenshot and border. Of grey and all at once it has none.
 """
 
 from collections.abc import Callable

@@ -188,7 +188,6 @@ def test_which_hyperparameters_have_a_range():
         "feature_weight": (0, 1e6),
         "whitening": (0, 1),
         "min_crop_area": (0.01, 1),
-        "degraded_views": (0, 1),
         "batch_size": (2, 65_536),
         "learning_rate": (1e-9, 10),
         "weight_decay": (0, 10),
