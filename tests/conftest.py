@@ -122,13 +122,16 @@ def _train(photos: Path, folder: Path, forks: Forks) -> None:
     data = ("--data", str(photos), "--weights", "none", "--epochs", "1")
     size = ("--image-size", "64", "--view-size", "64")
     squeezenet = ("--backbone", "squeezenet1_1")
+    started = {}  # all at once, as the other worker may be waiting for them
     for script, options in (
         ("siamese", (*squeezenet, "--negative-margin", "1.5")),
         ("autoencoder", (*squeezenet, "--output-size", "32", "--feature-weight", "0")),
         ("cnn_feature_extraction", squeezenet),
     ):
-        ended = forks.run([str(ROOT / f"{script}.py"), *data, *size, *options], folder)
-        assert ended.returncode == 0, ended.stderr
+        log = folder / f"{script}.log"
+        started[log] = forks.start([str(ROOT / f"{script}.py"), *data, *size, *options], folder, log, log)
+    for log, process in started.items():
+        assert forks.wait(process) == 0, log.read_text()
 
 
 @pytest.fixture
