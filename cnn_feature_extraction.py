@@ -74,7 +74,7 @@ class Config(RunConfig):
     # Training
     view_size: Annotated[int, Range(0, 4096)] = 160  # pixels, square, of a view; a smaller one is faster; 0: image_size
     min_crop_area: Annotated[float, Range(0.01, 1)] = 0.2  # of a view, as a fraction of the photo
-    degraded_views: bool = True  # some in a frame of one color, some compressed as JPEG
+    degraded_views: bool = False  # some in a frame of one color, some compressed as JPEG
     epochs: Annotated[int, Range(0, 100_000)] = 8  # passes over the gallery; 0: pre-trained features
     batch_size: Annotated[int, Range(2, 65_536)] = 64  # photos per step
     learning_rate: Annotated[float, Range(1e-9, 10)] = 3e-4  # peak, of AdamW

@@ -63,7 +63,7 @@ class Config(RunConfig):
         0.8  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
+    detail_weight: Annotated[float, Range(0, 1000)] = 1.8  # of its length in the embedding; 0: no such head
 
     # Contrastive loss; Euclidean distances between unit vectors, in [0, 2]
     negative_margin: Annotated[float, Range(0, 2)] = 1.6  # photos of different classes are pushed apart up to it
