@@ -1,8 +1,8 @@
 """Augmented views of photos for training: a whole batch at a time, on its device.
 
 Crops, mirroring and colors as in SimCLR (Chen et al. 2020); sheared, at a lower resolution and with a rectangle erased
-(Zhong et al. 2020, Random Erasing Data Augmentation); unless switched off, framed and compressed too, so that a network
-meets copies of photos as they are passed on.
+(Zhong et al. 2020, Random Erasing Data Augmentation); framed and compressed where asked for. So a network meets copies
+of photos as they are passed on.
 """
 
 import math

@@ -2,8 +2,9 @@
 
 The kinds are those that photos meet on their way through phones and social networks, as in copy detection (Pizzi et al.
 2022, A Self-Supervised Descriptor for Image Copy Detection; Douze et al. 2021, DISC21). Training uses crops too
-(`common.models.augment`); its shear, erased rectangle, lower resolution, frame and JPEG compression are relatives of
-rotation, perspective, overlay, blur, screenshot and border. Of grey and all at once it has none.
+(`common.models.augment`); its lower resolution, erased rectangle and shear are relatives of blur, screenshot, overlay,
+rotation and perspective; with `degraded_views` its frames and JPEG compression are those of border and screenshot too.
+Of grey and all at once it has none.
 """
 
 from collections.abc import Callable
