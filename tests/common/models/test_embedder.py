@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from common.models import preprocessing as preprocessing_module
 from common.models.backbones import load_backbone
 from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder, network_digest
+from common.models.heads import MultiLevelNetwork
 from common.models.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
@@ -212,10 +214,10 @@ def test_a_network_whose_forward_computes_something_else_has_embeddings_of_its_o
     class Shifted(torch.nn.Module):
         def __init__(self, shift):
             super().__init__()
-            self.network, self.shift = embedder.network, shift
+            self.network, self.shift = embedder.network, [shift]
 
         def forward(self, images):
-            return self.network(images + self.shift)
+            return self.network(images + self.shift[0])
 
     for shift, is_new in ((0, True), (1, True), (1e-7, False), (1, False)):  # rounding makes no difference
         each = Embedder(Shifted(shift), embedder.preprocessing, CPU, cache=tmp_path)
@@ -290,5 +292,26 @@ def test_the_digest_tells_networks_apart():
     pooled.load_state_dict(one.state_dict())
     assert network_digest(pooled) != network_digest(one)
     digest = network_digest(one)
-    one.transform_input = True
-    assert network_digest(one) != digest
+    for part in (one, one.features):  # what forward() may read beside parameters and buffers
+        for value in (True, 2, 0.5, "mean"):
+            part.number = value
+            assert network_digest(one) != digest
+        del part.number
+    assert network_digest(one) == network_digest(one.train()) == digest
+
+
+def test_embeddings_of_other_weights_of_heads_are_not_taken_from_the_cache(tmp_path):
+    """They are neither in the state dict nor far enough from each other for the probe."""
+    backbone = load_backbone("squeezenet1_1", "none", image_size=64)
+    config = SimpleNamespace(class_dim=8, kind_dim=8, kind_weight=0.0, detail_dim=8, detail_weight=2.0)
+    network = MultiLevelNetwork(backbone, config, 0)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    keys = np.array(["a" * 64, "b" * 64], "S64")
+    found = []
+    for weight in (2.0, 1.999):
+        network.detail_weight = weight
+        embedder = Embedder(network, backbone.preprocessing, torch.device("cpu"), cache=tmp_path)
+        found.append(embedder.embed(keys, lambda places: images[places]))
+    lengths = [np.linalg.norm(each[:, 8:], axis=1) / np.linalg.norm(each[:, :8], axis=1) for each in found]
+    assert lengths[0] == pytest.approx([2.0, 2.0], abs=1e-5)
+    assert lengths[1] == pytest.approx([1.999, 1.999], abs=1e-5)
