@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import search
 from common.config import UserError
+from common.device import choose_precision
 from tests.conftest import ROOT
 
 
@@ -146,7 +148,8 @@ def test_a_vector_database_searches_one_class(run_script, trained, synthetic_pho
 
 @pytest.mark.parametrize("approach", ["siamese", "autoencoder"])
 def test_in_openvino_the_same_photos_are_found(run_script, trained, synthetic_photos, tmp_path, approach):
-    """In float32 with the same similarities; in 8 bits with similar ones, as the network has hardly been trained."""
+    """In float32 with the same similarities as torch, which rounds to bfloat16 where that is fast; in 8 bits with
+    similar ones, as the network has hardly been trained."""
     photo = sorted((synthetic_photos / "dog").iterdir())[7]
     found = {}
     for inference in ("torch", "openvino", "int8"):
@@ -157,7 +160,8 @@ def test_in_openvino_the_same_photos_are_found(run_script, trained, synthetic_ph
         rows = [line.split() for line in ended.stdout.splitlines() if line[:4].strip().isdecimal()]
         found[inference] = {row[-1]: float(row[1]) for row in rows}
         assert len(rows) == 3
-    assert found["openvino"] == pytest.approx(found["torch"], abs=2e-3)
+    rounding = 2e-3 if choose_precision(torch.device("cpu")) == torch.float32 else 2e-2
+    assert found["openvino"] == pytest.approx(found["torch"], abs=rounding)
     assert sorted(found["int8"].values()) == pytest.approx(sorted(found["torch"].values()), abs=0.15)
 
 

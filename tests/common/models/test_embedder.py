@@ -1,6 +1,5 @@
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from common.models import preprocessing as preprocessing_module
 from common.models.backbones import load_backbone
 from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder, network_digest
-from common.models.heads import MultiLevelNetwork
 from common.models.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
@@ -298,20 +296,3 @@ def test_the_digest_tells_networks_apart():
             assert network_digest(one) != digest
         del part.number
     assert network_digest(one) == network_digest(one.train()) == digest
-
-
-def test_embeddings_of_other_weights_of_heads_are_not_taken_from_the_cache(tmp_path):
-    """They are neither in the state dict nor far enough from each other for the probe."""
-    backbone = load_backbone("squeezenet1_1", "none", image_size=64)
-    config = SimpleNamespace(class_dim=8, kind_dim=8, kind_weight=0.0, detail_dim=8, detail_weight=2.0)
-    network = MultiLevelNetwork(backbone, config, 0)
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    keys = np.array(["a" * 64, "b" * 64], "S64")
-    found = []
-    for weight in (2.0, 1.999):
-        network.detail_weight = weight
-        embedder = Embedder(network, backbone.preprocessing, torch.device("cpu"), cache=tmp_path)
-        found.append(embedder.embed(keys, lambda places: images[places]))
-    lengths = [np.linalg.norm(each[:, 8:], axis=1) / np.linalg.norm(each[:, :8], axis=1) for each in found]
-    assert lengths[0] == pytest.approx([2.0, 2.0], abs=1e-5)
-    assert lengths[1] == pytest.approx([1.999, 1.999], abs=1e-5)

@@ -7,6 +7,7 @@ from sklearn.linear_model import Ridge
 from torch.nn import functional
 
 from common.models.backbones import Backbone, load_backbone
+from common.models.embedder import Embedder
 from common.models.heads import RIDGE, FeatureHead, KindHead, MultiLevelNetwork, ridge_regression
 from common.models.pca import principal_components
 
@@ -136,3 +137,16 @@ def test_a_head_computes_in_float32_among_layers_in_16_bits(features):
             rounded = head(features.bfloat16())
     assert rounded.dtype == torch.float32
     assert torch.allclose(rounded, exact, atol=0.05)
+
+
+def test_embeddings_of_other_weights_are_not_taken_from_the_cache(backbone, tmp_path):
+    """They are neither in the state dict nor far enough from each other for the probe."""
+    config = SimpleNamespace(class_dim=8, kind_dim=8, kind_weight=0.0, detail_dim=8, detail_weight=2.0)
+    network = MultiLevelNetwork(backbone, config, 0)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    for weight in (2.0, 1.999):
+        network.detail_weight = weight
+        embedder = Embedder(network, backbone.preprocessing, torch.device("cpu"), cache=tmp_path)
+        embeddings = embedder.embed(np.array(["a" * 64, "b" * 64], "S64"), lambda places: images[places])
+        lengths = np.linalg.norm(embeddings[:, 8:], axis=1) / np.linalg.norm(embeddings[:, :8], axis=1)
+        assert lengths == pytest.approx([weight, weight], abs=1e-5)
