@@ -44,6 +44,25 @@ SPEEDS = {  # how a row of the table begins: (benchmark, ratio)
     "one query | limit: the sum of its parts alone": ("query_latency", "limit"),
 }
 
+SPEEDS_AMX = [  # (how a row begins, benchmark, ratio), on a Xeon
+    ("exact search, 18,000 photos, 5 neighbours | faiss", "exact_search", "faiss_18000_top5"),
+    ("exact search, 18,000 photos, 100 neighbours | faiss", "exact_search", "faiss_18000_top100"),
+    ("exact search, 18,000 photos, one query at a time | faiss", "exact_search", "faiss_18000_one"),
+    ("exact search, 18,000 photos, 5 neighbours | scikit-learn, Euclidean", "exact_search", "scikit_learn_18000_top5"),
+    ("files to embeddings, squeezenet1_1 | ONNX Runtime", "embedding", "fastest_rival_squeezenet1_1_ours"),
+    ("the same in float32 | ONNX Runtime", "embedding", "fastest_rival_squeezenet1_1_ours_float32"),
+    (
+        "the same, `--inference openvino`, in float32 | ONNX Runtime",
+        "embedding",
+        "fastest_rival_squeezenet1_1_ours_openvino",
+    ),
+    ("the same, `--inference int8` | ONNX Runtime", "embedding", "fastest_rival_squeezenet1_1_ours_int8"),
+    ("photos of 12 megapixels, squeezenet1_1 | ONNX Runtime", "embedding", "fastest_rival_camera_ours"),
+    ("the same, `--inference openvino`, in float32 | ONNX Runtime", "embedding", "fastest_rival_camera_ours_openvino"),
+    ("the same, `--inference int8` | ONNX Runtime", "embedding", "fastest_rival_camera_ours_int8"),
+    ("one query | limit: the sum of its parts alone", "query_latency", "limit"),
+]
+
 
 def measured(benchmark: str, folder: str = "reference") -> dict:
     return json.loads((ROOT / "results" / folder / f"benchmark_{benchmark}.json").read_text(encoding="utf-8"))
@@ -109,6 +128,13 @@ def test_the_speeds_are_those_of_the_benchmarks():
     for start, (benchmark, ratio) in SPEEDS.items():
         values = measured(benchmark)["ratios"][ratio]
         assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in PERFORMANCE
+    for start, benchmark, ratio in SPEEDS_AMX:
+        values = measured(benchmark, "reference/amx")["ratios"][ratio]
+        assert f"| {start} | {values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f}) |" in PERFORMANCE
+    amx = measured("query_latency", "reference/amx")
+    busy, waited = amx["ratios"]["busy"], amx["milliseconds"]["whole"]
+    times = f"{busy['median']:.2f} ({busy['low']:.2f} to {busy['high']:.2f})"
+    assert f"p50 {waited['p50']:.1f} ms, p99 {waited['p99']:.1f} ms, and {times} times" in on_one_line(PERFORMANCE)
     names = "exact_search", "query_latency", "training"
     exact, latency, training = (measured(name, "reference/avx2") for name in names)
     ratios = [exact["ratios"][f"faiss_18000_{mode}"] for mode in ("top5", "top100", "one")]
