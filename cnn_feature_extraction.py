@@ -17,7 +17,7 @@ bfloat16: precision@5 0.976, instance_hit_rate@1_crop 0.960, recall@1 by dog bre
 the pre-trained network as it is has 0.944, 0.800 and 0.440 (results/reference/cnn_feature_extraction.json).
 """
 
-import common  # noqa: F401, I001  # before torch, for its threads
+import common  # noqa: F401, I001  # before torch, for its threads and memory
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
