@@ -61,6 +61,12 @@ def test_the_loss_by_hand():
     assert triplet_loss(embeddings, labels, 0.1, "batch_all") == pytest.approx(0.1)  # one triplet is above zero
 
 
+def test_the_semi_hard_loss_passes_over_a_negative_as_far_as_the_positive():
+    embeddings = torch.tensor([[1.0, 0], [0, 1], [0, -1], [-1, 0]])  # sqrt 2 from both neighbours, 2 from the other
+    loss = triplet_loss(embeddings, torch.tensor([0, 0, 1, 1]), 1.0, "semi_hard")
+    assert loss == pytest.approx(math.sqrt(2) - 2 + 1)
+
+
 @pytest.mark.parametrize("mining", MINING)
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])
 def test_a_batch_without_a_triplet_has_no_loss_but_a_gradient(mining, labels):

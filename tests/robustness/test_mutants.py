@@ -63,6 +63,7 @@ EQUIVALENT = {  # mutants that change no result: why
     "rough.py: threshold > 0 -> threshold >= 0": "differs for a bound of exactly 0, for which both hold",
     "split.py: True -> False": NEVER,
     "split.py: len(copies) > 1 -> len(copies) >= 1": "a class of one content is decided on before",
+    "triplet.py: True -> False": "a positive has as many negatives as its anchor",
     "triplet.py: 0 -> 1": "of sums that no negative reads: behind the last finite one",
 }
 IMPORTED = ("torch", "torchvision", "sklearn.metrics", "torchmetrics", "pytorch_metric_learning", "hypothesis", "faiss")
