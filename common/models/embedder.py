@@ -273,8 +273,8 @@ def network_digest(network: nn.Module) -> str:
     """SHA-256 of a network's layers, parameters and buffers: networks of equal digest give equal embeddings."""
     digest = hashlib.sha256(repr(network).encode())
     for name, module in network.named_modules():  # weights of heads, transform_input and the like are not in the repr
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
-        digest.update(f"{name} {sorted(plain.items() - {('training', module.training)})}".encode())
+        plain = [item for item in vars(module).items() if isinstance(item[1], bool | int | float | str)]
+        digest.update(f"{name} {sorted(item for item in plain if item[0] != 'training')}".encode())
     for key, tensor in network.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
