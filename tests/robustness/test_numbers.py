@@ -201,6 +201,8 @@ def test_a_reference_file_has_the_hyperparameters_of_its_script(path):
     assert result["config"].keys() <= fields
     if path.relative_to(ROOT / "results" / "reference").as_posix() not in EARLIER:
         assert fields - result["config"].keys() <= RESUMABLE_FIELDS | {"degraded_views"}
+    if path.parent.name == "reference" and path.stem == result["approach"]:  # a run of the defaults
+        assert config.degraded_views == result["config"].get("degraded_views", False)
 
 
 # Tolerances: three times as far as runs of other instruction sets (AVX2, SSE4.1) and numbers of threads differ.
