@@ -134,6 +134,8 @@ def test_the_speeds_are_those_of_the_benchmarks():
     amx = measured("query_latency", "reference/amx")
     busy, waited = amx["ratios"]["busy"], amx["milliseconds"]["whole"]
     times = f"{busy['median']:.2f} ({busy['low']:.2f} to {busy['high']:.2f})"
+    faiss = measured("exact_search", "reference/amx")["ratios"]["faiss_18000_top5"]["median"]
+    assert f"{faiss:.1f} times on an Intel Xeon" in on_one_line(README)
     assert f"p50 {waited['p50']:.1f} ms, p99 {waited['p99']:.1f} ms, and {times} times" in on_one_line(PERFORMANCE)
     names = "exact_search", "query_latency", "training"
     exact, latency, training = (measured(name, "reference/avx2") for name in names)

@@ -1,8 +1,8 @@
 """Augmented views of photos for training: a whole batch at a time, on its device.
 
 Crops, mirroring and colors as in SimCLR (Chen et al. 2020); sheared, at a lower resolution and with a rectangle erased
-(Zhong et al. 2020, Random Erasing Data Augmentation); framed and compressed where asked for. So a network meets copies
-of photos as they are passed on.
+(Zhong et al. 2020, Random Erasing Data Augmentation); framed and compressed with `degraded_views`. So a network meets
+copies of photos as they are passed on.
 """
 
 import math
@@ -75,8 +75,8 @@ def random_views(images: torch.Tensor, config: ViewConfig) -> torch.Tensor:
 def random_crop(images: torch.Tensor, min_crop_area: float, size: int, framed: bool = False) -> torch.Tensor:
     """float32 [B, 3, size, size] from float32 [B, 3, S, S]: crops, mirrored half the time, stretched and sheared.
 
-    Where a crop reaches beyond the photo, the outermost pixels are repeated. If `framed`, it is up to `FRAME` times as
-    large and has one random color there.
+    Where a crop reaches beyond the photo, the outermost pixels are repeated. If `framed`, crops are up to `FRAME`
+    times as wide and high and have one random color there.
     """
     side = _uniform(images, min_crop_area, 1).sqrt()  # of the crop, as a fraction of the photo's
     stretch = _uniform(images, -STRETCH, STRETCH).exp()
