@@ -32,19 +32,16 @@ from common.models.augment import random_views
 from common.models.backbones import Backbone, load_backbone, rebuild_backbone, require_view_size
 from common.models.checkpoint import Checkpoint, strip_prefix
 from common.models.decoded import DecodedPhotos
-from common.models.heads import FeatureHead
+from common.models.heads import SMALL, AppearanceHead, FeatureHead, load_appearances
 from common.models.layers import ResidualBlock, conv3x3
 from common.models.losses import structural_similarity
-from common.models.pca import principal_components
 from common.models.preprocessing import Preprocessing, shrink
 from common.models.training import Batch, Losses
 from common.models.weights import UNTRAINED
 from common.report.reconstruction import score_reconstructions
 from common.report.run import Run
 
-SMALL = 32  # pixels, square, of the photo that the appearance is computed from
 UPSAMPLING = 8  # of the decoder's maps
-PCA_PHOTOS = 4000  # from which principal components are computed
 SYNTHETIC_OVERRIDES = {"image_size": (224, 96), "view_size": (160, 64), "epochs": (4, 3)}  # (default, quick run)
 
 
@@ -88,14 +85,13 @@ class Encoder(nn.Module):
     def __init__(self, backbone: Backbone, appearance_dim: int, semantic_dim: int, appearance_weight: float) -> None:
         super().__init__()
         self.appearance_weight = appearance_weight
-        self.pixels = nn.Linear(3 * SMALL**2, appearance_dim).requires_grad_(False)
+        self.pixels = AppearanceHead(appearance_dim)
         self.backbone = backbone.network
         self.features = FeatureHead(backbone.feature_dim, semantic_dim)
 
     def appearance(self, images: torch.Tensor) -> torch.Tensor:
         """Bx3xSxS -> float32 BxA"""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.appearance_weight * self.pixels(shrink(images.float(), SMALL).flatten(1))
+        return self.appearance_weight * self.pixels(images)
 
     def semantics(self, images: torch.Tensor) -> torch.Tensor:
         """Bx3xSxS -> float32 BxD"""
@@ -155,12 +151,10 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def init_appearance(self, photos: torch.Tensor) -> None:
         """Makes encoder and decoder of the appearance those of the principal components of photos, Nx3x32x32."""
-        encoder, decoder = self.encoder.pixels, self.decoder.pixels
-        mean, directions = principal_components(photos.flatten(1), encoder.out_features, whitening=0)
-        encoder.weight.copy_(directions)
-        encoder.bias.copy_(-directions @ mean)
+        self.encoder.pixels.init_principal(photos)
+        directions, decoder = self.encoder.pixels.weight, self.decoder.pixels
         decoder.weight.copy_(directions.T / directions[0].square().sum() / self.encoder.appearance_weight)
-        decoder.bias.copy_(mean)
+        decoder.bias.copy_(photos.flatten(1).mean(0))
 
 
 def training_step(
@@ -208,8 +202,7 @@ def main(config: Config) -> Path:
     split = run.load_photos(decoded, frozen=frozen)
 
     network, targets = Autoencoder(backbone, config), None
-    small = decoded.load_small(split.train, PCA_PHOTOS, SMALL)  # Nx3x32x32
-    network.init_appearance(backbone.preprocessing.normalize(255 * small.permute(0, 2, 3, 1)))
+    network.init_appearance(load_appearances(decoded, split.train))
     if backbone.weights != UNTRAINED:
         run.measure_baseline("pretrained", frozen, split)
         features = torch.from_numpy(frozen.embed_photos(split.train, "features to match"))

@@ -34,7 +34,7 @@ from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.heads import MultiLevelNetwork
+from common.models.heads import SMALL, MultiLevelNetwork
 from common.models.losses import unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import GroupSampler
@@ -61,8 +61,11 @@ class Config(RunConfig):
     kind_weight: Annotated[float, Range(0, 1000)] = (
         0.8  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
+    kind_confidence: bool = False  # the less the probabilities say, the shorter that head's output; False: length 1
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
+    appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 128  # of the small photo's principal components
+    appearance_weight: Annotated[float, Range(0, 100)] = 0.0  # of its length in the embedding; 0: left out
 
     # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
     scale: Annotated[float, Range(0.1, 1000)] = 4.0  # of the cosines, an inverse temperature: larger is sharper
@@ -153,7 +156,7 @@ def main(config: Config) -> Path:
     task = run.prepare_training(frozen, backbone.weights, split, True, with_classifier)
 
     embedding_network = MultiLevelNetwork(backbone, config, task.num_kinds)
-    targets = embedding_network.init_heads(task.features, task.kinds, config.whitening).to(run.device)
+    targets = embedding_network.init_heads(task, config.whitening).to(run.device)
     network = FineTunedCNN(embedding_network, len(split.train.classes), config.scale)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     keep = None if backbone.weights == UNTRAINED else targets

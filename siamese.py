@@ -10,6 +10,7 @@ a head for each level of similarity, whose outputs are the embedding together:
   Network), as ImageNet's 1,000 classes name what the folders don't, such as breeds
 - detail: the pre-trained features (Romero et al. 2015, FitNets), while two augmented views of a photo must identify
   each other among all other views in the batch (InfoNCE, van den Oord et al. 2018)
+- appearance, with `--appearance-weight`: principal components of the small photo, not trained
 
     python siamese.py
     python siamese.py --view-weight 0 --feature-weight 0 --kind-weight 0 --detail-weight 0    # class pairs only
@@ -36,7 +37,7 @@ from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.heads import MultiLevelNetwork, Task
+from common.models.heads import SMALL, MultiLevelNetwork, Task
 from common.models.losses import pairwise_distances, unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import GroupSampler
@@ -62,8 +63,11 @@ class Config(RunConfig):
     kind_weight: Annotated[float, Range(0, 1000)] = (
         0.8  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
+    kind_confidence: bool = False  # the less the probabilities say, the shorter that head's output; False: length 1
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 1.8  # of its length in the embedding; 0: no such head
+    appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 128  # of the small photo's principal components
+    appearance_weight: Annotated[float, Range(0, 100)] = 0.0  # of its length in the embedding; 0: left out
 
     # Contrastive loss; Euclidean distances between unit vectors, in [0, 2]
     negative_margin: Annotated[float, Range(0, 2)] = 1.6  # photos of different classes are pushed apart up to it
@@ -147,7 +151,7 @@ def main(config: Config) -> Path:
     task = run.prepare_training(frozen, backbone.weights, split, views_alone, with_classifier)
 
     network = MultiLevelNetwork(backbone, config, task.num_kinds)
-    targets = network.init_heads(task.features, task.kinds, config.whitening)
+    targets = network.init_heads(task, config.whitening)
     if backbone.weights != UNTRAINED:
         task = task._replace(targets=targets.to(run.device), kinds=None)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -32,7 +32,7 @@ from common.models.augment import random_views
 from common.models.backbones import load_backbone, require_view_size
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
-from common.models.heads import MultiLevelNetwork, Task
+from common.models.heads import SMALL, MultiLevelNetwork, Task
 from common.models.losses import pairwise_distances, unsupervised_losses
 from common.models.preprocessing import Preprocessing
 from common.models.samplers import GroupSampler
@@ -58,8 +58,11 @@ class Config(RunConfig):
     kind_weight: Annotated[float, Range(0, 1000)] = (
         0.8  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
+    kind_confidence: bool = False  # the less the probabilities say, the shorter that head's output; False: length 1
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
     detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
+    appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 128  # of the small photo's principal components
+    appearance_weight: Annotated[float, Range(0, 100)] = 0.0  # of its length in the embedding; 0: left out
 
     # Triplet loss; Euclidean distances between unit vectors, in [0, 2]
     margin: Annotated[float, Range(0, 2)] = 0.2  # by which an anchor is to be nearer to its positive than its negative
@@ -158,7 +161,7 @@ def main(config: Config) -> Path:
     task = run.prepare_training(frozen, backbone.weights, split, views_alone, with_classifier)
 
     network = MultiLevelNetwork(backbone, config, task.num_kinds)
-    targets = network.init_heads(task.features, task.kinds, config.whitening)
+    targets = network.init_heads(task, config.whitening)
     if backbone.weights != UNTRAINED:
         task = task._replace(targets=targets.to(run.device), kinds=None)
     network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -131,7 +131,7 @@ def test_class_pairs_only(run_script, synthetic_photos, tmp_path):
 
 def test_further_test_sets_and_pretrained_weights(run_script, synthetic_photos, tmp_path):
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "mine.pth")
-    ours = ("--weights", "mine.pth", "--epochs", "1")
+    ours = ("--weights", "mine.pth", "--epochs", "1", "--appearance-weight", "0.5", "--appearance-dim", "9")
     options = ("--data", str(synthetic_photos), *SMALL, *ours, "--also", str(synthetic_photos))
     ended = run_script("siamese.py", *options, str(synthetic_photos / "cat"))
     assert ended.returncode == 0, ended.stderr
@@ -141,7 +141,8 @@ def test_further_test_sets_and_pretrained_weights(run_script, synthetic_photos, 
     assert 0 <= both["metrics"]["hit_rate@1"]["value"] <= 1
     assert (both["gallery"], both["queries"], both["classes"]) == (120, 120, 2)
     assert both["baselines"].keys() == {"pretrained", "raw_pixels", "chance"}
-    assert read(tmp_path / "results")["model"]["embedding_dim"] == 128 + 256 + 384  # classes, kinds, details
+    heads = 128 + 256 + 384 + 9  # class, kind, detail, appearance
+    assert read(tmp_path / "results")["model"]["embedding_dim"] == heads
     network = from_checkpoint(Checkpoint.load(tmp_path / "results" / "siamese.pt"))
     assert network.kind_head.logits.out_features == 1000
     terms = read(tmp_path / "results")["history"][0]

@@ -1,4 +1,7 @@
-"""A backbone with a head for each level of similarity: the network of the approaches that learn from classes."""
+"""A backbone with a head for each level of similarity: the network of the approaches that learn from classes.
+
+`AppearanceHead` is the autoencoder's too.
+"""
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -7,11 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.data.photos import Photos
 from common.models.backbones import Backbone, rebuild_backbone
 from common.models.checkpoint import Checkpoint, strip_prefix
+from common.models.decoded import DecodedPhotos
 from common.models.pca import principal_components
+from common.models.preprocessing import shrink
 
 MAX_SAMPLE = 20_000  # photos that the heads' initial weights are computed from
+SMALL = 32  # pixels, square, of the photo that the appearance is computed from
+PCA_PHOTOS = 4000  # whose principal components are the appearance
 RIDGE = 0.01  # penalty of the fitted logits, relative to the mean variance of a feature
 
 
@@ -20,6 +28,7 @@ class Task(NamedTuple):
 
     has_classes: bool
     features: torch.Tensor  # float32 [M, C], unit vectors: what the backbone makes of photos before training
+    small: torch.Tensor | None = None  # float32 [P, 3, SMALL, SMALL], what `load_appearances` gives
     kinds: torch.Tensor | None = None  # float32 [M, K], square roots of the pre-trained classifier's probabilities
     targets: torch.Tensor | None = None  # float32 [N, D], what is to be kept of each of the N training photos
 
@@ -95,6 +104,35 @@ class KindHead(nn.Module):
         return self.components(classified)
 
 
+class AppearanceHead(nn.Linear):
+    """What a photo looks like: principal components of the small photo, the best linear code (Baldi and Hornik 1989).
+
+    Not trained. So the places of light and color count, which a classification network learns to overlook.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(3 * SMALL**2, min(dim, 3 * SMALL**2))
+        self.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Bx3xSxS -> float32 BxD, whose mean squared length is 1"""
+        with torch.autocast(images.device.type, enabled=False):
+            return super().forward(shrink(images.float(), SMALL).flatten(1))
+
+    @torch.no_grad()
+    def init_principal(self, photos: torch.Tensor) -> None:
+        """Makes the components those of photos, Nx3xSMALLxSMALL, normalized as the network's input is."""
+        mean, directions = principal_components(photos.flatten(1), self.out_features, whitening=0)
+        self.weight.copy_(directions)
+        self.bias.copy_(-directions @ mean)
+
+
+def load_appearances(decoded: DecodedPhotos, photos: Photos) -> torch.Tensor:
+    """What `AppearanceHead.init_principal` takes, float32 [P, 3, SMALL, SMALL], of up to `PCA_PHOTOS` photos."""
+    small = decoded.load_small(photos, PCA_PHOTOS, SMALL).permute(0, 2, 3, 1)
+    return decoded.preprocessing.normalize(255 * small)
+
+
 def sample(vectors: torch.Tensor) -> torch.Tensor:
     """Up to `MAX_SAMPLE` rows, evenly spread: enough to fit a linear map, whatever the number of photos."""
     return vectors[:: -(-len(vectors) // MAX_SAMPLE)]
@@ -115,35 +153,44 @@ class MultiLevelNetwork(nn.Module):
     """The class head learns what labels tell; the kind and detail heads keep what the backbone saw before training.
 
     Labels such as cat and dog say nothing about breeds and single photos: a head that learns from them alone loses
-    both. The embedding is [class head, kind_weight * kind head, detail_weight * detail head], each of length 1; a head
-    of weight 0 is left out.
+    both. The embedding is [class head, kind_weight * kind head, detail_weight * detail head, appearance_weight *
+    appearance head], the first three of length 1; a head of weight 0 is left out. With `kind_confidence` the kind
+    head's output has the length that its probabilities give it: the less they say, the shorter.
 
-    `config` has these hyperparameters: `class_dim`, `kind_dim`, `kind_weight`, `detail_dim`, `detail_weight`.
-    `num_kinds`: classes of the pre-trained classifier; 0 if there is none, and then no kind head.
+    `config` has these hyperparameters: `class_dim`, `kind_dim`, `kind_weight`, `kind_confidence`, `detail_dim`,
+    `detail_weight`, `appearance_dim`, `appearance_weight`. `num_kinds`: classes of the pre-trained classifier; 0 if
+    there is none, and then no kind head.
     """
 
     def __init__(self, backbone: Backbone, config: Any, num_kinds: int) -> None:
         super().__init__()
         self.backbone = backbone.network
         self.class_head = FeatureHead(backbone.feature_dim, config.class_dim)
-        self.kind_head, self.detail_head = None, None
+        self.kind_head, self.detail_head, self.appearance_head = None, None, None
         self.kind_weight, self.detail_weight = config.kind_weight, config.detail_weight
-        self.dims = [self.class_head.linear.out_features, 0, 0]
+        self.kind_confidence, self.appearance_weight = config.kind_confidence, config.appearance_weight
+        self.dims = [self.class_head.linear.out_features, 0, 0, 0]
         if self.kind_weight and num_kinds:
             self.kind_head = KindHead(backbone.feature_dim, num_kinds, config.kind_dim)
             self.dims[1] = self.kind_head.components.out_features
         if self.detail_weight:
             self.detail_head = FeatureHead(backbone.feature_dim, config.detail_dim)
             self.dims[2] = self.detail_head.linear.out_features
+        if self.appearance_weight:
+            self.appearance_head = AppearanceHead(config.appearance_dim)
+            self.dims[3] = self.appearance_head.out_features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Bx3xSxS -> float32 BxE"""
         features = self.backbone(images)  # BxC
         parts = [functional.normalize(self.class_head(features))]
         if self.kind_head is not None:
-            parts.append(self.kind_weight * functional.normalize(self.kind_head(features)))
+            kinds = self.kind_head(features)
+            parts.append(self.kind_weight * (kinds if self.kind_confidence else functional.normalize(kinds)))
         if self.detail_head is not None:
             parts.append(self.detail_weight * functional.normalize(self.detail_head(features)))
+        if self.appearance_head is not None:
+            parts.append(self.appearance_weight * self.appearance_head(images))
         return torch.cat(parts, 1)
 
     def split(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -151,29 +198,30 @@ class MultiLevelNetwork(nn.Module):
 
         Those of a missing kind head have no columns; those of a missing detail head are those of the class head.
         """
-        classes, kinds, details = embeddings.split(self.dims, 1)
+        classes, kinds, details, _ = embeddings.split(self.dims, 1)
         return (
             classes,
-            kinds / (self.kind_weight or 1),
+            functional.normalize(kinds),
             classes if self.detail_head is None else details / self.detail_weight,
         )
 
     @torch.no_grad()
-    def init_heads(self, features: torch.Tensor, kinds: torch.Tensor | None, whitening: float) -> torch.Tensor:
-        """Starts the heads from what there is before training: features, unit vectors NxC, and, with a kind head, NxK
-        square roots of the pre-trained classifier's probabilities.
+    def init_heads(self, task: Task, whitening: float) -> torch.Tensor:
+        """Starts the heads from what there is before training.
 
         Returns what the kind and detail heads are to keep, their unit vectors beside each other.
         """
+        features, kept = task.features, []
         self.class_head.init_orthogonal(features)
-        kept = []
-        if self.kind_head is not None and kinds is not None:
-            kept.append(self.kind_head.init_from_classifier(features, kinds, whitening))
+        if self.kind_head is not None and task.kinds is not None:
+            kept.append(self.kind_head.init_from_classifier(features, task.kinds, whitening))
         kept.append(
             self.class_head(features)
             if self.detail_head is None
             else self.detail_head.init_principal(features, whitening)
         )
+        if self.appearance_head is not None and task.small is not None:
+            self.appearance_head.init_principal(task.small)
         return torch.cat([functional.normalize(each) for each in kept], 1)
 
     @classmethod
@@ -182,6 +230,7 @@ class MultiLevelNetwork(nn.Module):
         state = strip_prefix(prefix, checkpoint.network)
         backbone = rebuild_backbone(checkpoint.config, checkpoint.model["weights"])
         num_kinds = len(state.get("kind_head.logits.bias", ()))
-        network = cls(backbone, SimpleNamespace(**checkpoint.config), num_kinds)
+        config = {"kind_confidence": False, "appearance_weight": 0.0, **checkpoint.config}  # before they were there
+        network = cls(backbone, SimpleNamespace(**config), num_kinds)
         network.load_state_dict(state)
         return network

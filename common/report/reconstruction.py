@@ -7,10 +7,10 @@ from torch import nn
 
 from common.data.split import Split
 from common.models.decoded import DecodedPhotos
+from common.models.heads import PCA_PHOTOS
 from common.models.preprocessing import shrink
 from common.report.pictures import draw_grid
 
-PCA_PHOTOS = 4000  # from which principal components are computed
 NUM_SHOWN = 10  # photos in the picture
 
 

@@ -26,7 +26,7 @@ from common.models.backbones import load_classifier
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.models.embedder import Embedder
-from common.models.heads import Task
+from common.models.heads import Task, load_appearances
 from common.models.preprocessing import Preprocessing
 from common.models.training import Sampler, TrainingStep, train
 from common.models.weights import UNTRAINED
@@ -161,13 +161,14 @@ class Run(Generic[ConfigT]):
             self.measure_baseline("pretrained", frozen, split)
         features = torch.from_numpy(frozen.embed_photos(photos, "features before training"))
         config: Any = self.config  # of an approach with a backbone
+        small = load_appearances(frozen.decoded, split.train) if config.appearance_weight else None
         classifier = (
             load_classifier(config.backbone, config.weights) if with_classifier and weights != UNTRAINED else None
         )
         if classifier is None:
-            return Task(has_classes, features)
+            return Task(has_classes, features, small)
         kinds = self.embedder(classifier, frozen.decoded).embed_photos(photos, "class probabilities before training")
-        return Task(has_classes, features, torch.from_numpy(kinds))
+        return Task(has_classes, features, small, torch.from_numpy(kinds))
 
     def train(
         self,

@@ -18,7 +18,7 @@ import triplet
 from common.distributed import connect, disconnect
 from common.models.backbones import load_backbone
 from common.models.checkpoint import Checkpoint
-from common.models.heads import MultiLevelNetwork, Task
+from common.models.heads import SMALL, MultiLevelNetwork, Task
 from common.models.training import train
 
 PHOTOS, CLASSES, KINDS = 40, 3, 10  # five steps of 8
@@ -49,15 +49,17 @@ def network_and_step(module, backbone, config):
     preprocessing = backbone.preprocessing
     if module is autoencoder:
         network = autoencoder.Autoencoder(backbone, config)
-        network.init_appearance(torch.rand(PHOTOS, 3, autoencoder.SMALL, autoencoder.SMALL, generator=random))
+        network.init_appearance(torch.rand(PHOTOS, 3, SMALL, SMALL, generator=random))
         targets = network.encoder.features.init_principal(features, config.whitening)
         return network, partial(module.training_step, config=config, preprocessing=preprocessing, targets=targets)
     network = MultiLevelNetwork(backbone, config, KINDS)
-    targets = network.init_heads(features, kinds.sqrt(), config.whitening)
+    small = torch.rand(PHOTOS, 3, SMALL, SMALL, generator=random)
+    task = Task(True, features, small, kinds.sqrt())
+    targets = network.init_heads(task, config.whitening)
     if module is cnn_feature_extraction:
         whole = cnn_feature_extraction.FineTunedCNN(network, CLASSES, config.scale)
         return whole, partial(module.training_step, config=config, preprocessing=preprocessing, targets=targets)
-    task = Task(True, features, targets=targets)
+    task = task._replace(targets=targets)
     return network, partial(module.training_step, config=config, heads=network, preprocessing=preprocessing, task=task)
 
 

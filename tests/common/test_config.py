@@ -179,6 +179,8 @@ def test_which_hyperparameters_have_a_range():
         "kind_weight": (0, 1000),
         "detail_dim": (1, 65_536),
         "detail_weight": (0, 1000),
+        "appearance_dim": (1, 3072),
+        "appearance_weight": (0, 100),
         "view_size": (0, 4096),
         "epochs": (0, 100_000),
         "negative_margin": (0, 2),

@@ -59,7 +59,7 @@ def steps():
     ):
         config = script.Config(**small, **options)
         network = MultiLevelNetwork(backbone, config, 0)
-        targets = network.init_heads(features, None, config.whitening)
+        targets = network.init_heads(Task(True, features), config.whitening)
         if script is cnn_feature_extraction:
             network = script.FineTunedCNN(network, 3, config.scale)
             last = {"targets": targets}

@@ -3,12 +3,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from torch.nn import functional
 
 from common.models.backbones import Backbone, load_backbone
+from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
-from common.models.heads import RIDGE, FeatureHead, KindHead, MultiLevelNetwork, ridge_regression
+from common.models.heads import (
+    RIDGE,
+    SMALL,
+    AppearanceHead,
+    FeatureHead,
+    KindHead,
+    MultiLevelNetwork,
+    Task,
+    ridge_regression,
+)
 from common.models.pca import principal_components
 
 
@@ -44,7 +55,8 @@ def test_a_head_starts_as_whitened_principal_components(features):
 
 
 def network_of(backbone, num_kinds=9, **changed):
-    config = {"class_dim": 5, "kind_dim": 4, "kind_weight": 0.5, "detail_dim": 7, "detail_weight": 2.0} | changed
+    config = {"class_dim": 5, "kind_dim": 4, "kind_weight": 0.5, "detail_dim": 7, "detail_weight": 2.0}
+    config |= {"kind_confidence": False, "appearance_dim": 3, "appearance_weight": 0.0} | changed
     return MultiLevelNetwork(backbone, SimpleNamespace(**config), num_kinds).eval()
 
 
@@ -64,6 +76,52 @@ def test_the_embedding_is_all_heads_weighted(backbone):
     assert torch.allclose(unit @ unit.T, expected, atol=1e-5)
 
 
+def test_a_kind_counts_as_much_as_its_probabilities_say(backbone):
+    network = network_of(backbone, kind_confidence=True)
+    images = torch.rand(3, 3, 64, 64)
+    with torch.inference_mode():
+        embeddings = network(images)
+        kinds = network.kind_head(network.backbone(images))
+        parts = network.split(embeddings)
+    assert torch.allclose(embeddings[:, 5:9], 0.5 * kinds, atol=1e-6)
+    assert torch.allclose(parts[1], functional.normalize(kinds), atol=1e-6)  # what is trained is the direction
+    assert kinds.norm(dim=1).std() > 0
+
+
+def test_the_appearance_is_the_principal_components_of_the_small_photo(backbone):
+    torch.manual_seed(0)
+    photos = torch.rand(30, 3, SMALL, SMALL)
+    network = network_of(backbone, appearance_weight=0.5)
+    task = Task(True, functional.normalize(torch.rand(20, 512)), photos)
+    assert network.init_heads(task, 0.25).shape == (20, 7)  # the appearance is no target of training
+    with torch.inference_mode():
+        embeddings = network(photos)
+        without = network_of(backbone).split(embeddings[:, :16])
+    assert embeddings.shape == (30, 19)
+    found = embeddings[:, 16:].numpy() / 0.5
+    expected = PCA(3, svd_solver="full").fit_transform(photos.flatten(1).double().numpy())
+    expected /= np.sqrt(np.square(expected).sum(1).mean())
+    assert np.allclose(np.abs(found), np.abs(expected), atol=1e-4)
+    assert all(torch.equal(*parts) for parts in zip(network.split(embeddings), without, strict=True))
+    flat = torch.rand(2, 3, 1, 1)
+    small, large = (network.appearance_head(flat.expand(-1, -1, size, size)) for size in (SMALL, 100))
+    assert torch.allclose(small, large, atol=1e-5)  # the size of the photo doesn't matter
+    assert not any(each.requires_grad for each in network.appearance_head.parameters())
+    assert AppearanceHead(10**6).out_features == 3 * SMALL**2
+
+
+def test_a_checkpoint_from_before_there_was_an_appearance(backbone):
+    config = {"backbone": "squeezenet1_1", "image_size": 64, "pooling": 1.0, "whole_photo": True}
+    config |= {"class_dim": 5, "kind_dim": 4, "kind_weight": 0.5, "detail_dim": 7, "detail_weight": 2.0}
+    torch.manual_seed(0)
+    network = network_of(load_backbone("squeezenet1_1", "none", 64, 1.0, True), num_kinds=9)
+    stored = Checkpoint("siamese", config, {"weights": "none (untrained)"}, {}, "", "", network=network.state_dict())
+    rebuilt = MultiLevelNetwork.from_checkpoint(stored).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(rebuilt(images), network(images))
+
+
 @pytest.mark.parametrize("missing", [{"kind_weight": 0}, {"num_kinds": 0}])
 def test_the_kind_head_may_be_missing(backbone, missing):
     network = network_of(backbone, **missing)
@@ -74,7 +132,7 @@ def test_the_kind_head_may_be_missing(backbone, missing):
     assert kinds.shape == (3, 0)
     assert torch.allclose(details.norm(dim=1), torch.ones(3))
     features = functional.normalize(torch.rand(20, 512))
-    assert network.init_heads(features, None, 0.25).shape == (20, 7)
+    assert network.init_heads(Task(True, features), 0.25).shape == (20, 7)
 
 
 def test_without_weights_the_class_head_is_all(backbone):
@@ -86,7 +144,7 @@ def test_without_weights_the_class_head_is_all(backbone):
     assert torch.equal(classes, embeddings)
     assert torch.equal(details, embeddings)
     features = functional.normalize(torch.rand(20, 512))
-    targets = network.init_heads(features, None, 0.25)
+    targets = network.init_heads(Task(True, features), 0.25)
     assert torch.allclose(targets, functional.normalize(network.class_head(features)), atol=1e-6)
 
 
@@ -97,7 +155,7 @@ def test_the_detail_head_starts_from_the_features(embedder):
     with torch.inference_mode():
         batch = embedder.preprocessing.normalize(torch.from_numpy(images))
         features = functional.normalize(network.backbone(batch))
-        targets = network.init_heads(features, None, 0.25)
+        targets = network.init_heads(Task(True, features), 0.25)
         details = network.split(network(batch))[2]
     assert torch.allclose(details, targets, atol=1e-4)
 
@@ -141,8 +199,7 @@ def test_a_head_computes_in_float32_among_layers_in_16_bits(features):
 
 def test_embeddings_of_other_weights_are_not_taken_from_the_cache(backbone, tmp_path):
     """They are neither in the state dict nor far enough from each other for the probe."""
-    config = SimpleNamespace(class_dim=8, kind_dim=8, kind_weight=0.0, detail_dim=8, detail_weight=2.0)
-    network = MultiLevelNetwork(backbone, config, 0)
+    network = network_of(backbone, class_dim=8, kind_weight=0.0, detail_dim=8)
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     for weight in (2.0, 1.999):
         network.detail_weight = weight
