@@ -107,7 +107,7 @@ class KindHead(nn.Module):
 class AppearanceHead(nn.Linear):
     """What a photo looks like: principal components of the small photo, the best linear code (Baldi and Hornik 1989).
 
-    Not trained. So the places of light and color count, which a classification network learns to overlook.
+    Not trained. Where light and color are counts here, which a classification network learns to overlook.
     """
 
     def __init__(self, dim: int) -> None:
@@ -154,8 +154,9 @@ class MultiLevelNetwork(nn.Module):
 
     Labels such as cat and dog say nothing about breeds and single photos: a head that learns from them alone loses
     both. The embedding is [class head, kind_weight * kind head, detail_weight * detail head, appearance_weight *
-    appearance head], the first three of length 1; a head of weight 0 is left out. With `kind_confidence` the kind
-    head's output has the length that its probabilities give it: the less they say, the shorter.
+    appearance head], the first three of length 1, the last about 1; a head of weight 0 is left out. With
+    `kind_confidence` the kind head's output has the length that its probabilities give it: the less they say, the
+    shorter.
 
     `config` has these hyperparameters: `class_dim`, `kind_dim`, `kind_weight`, `kind_confidence`, `detail_dim`,
     `detail_weight`, `appearance_dim`, `appearance_weight`. `num_kinds`: classes of the pre-trained classifier; 0 if
