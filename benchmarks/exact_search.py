@@ -42,7 +42,7 @@ def contenders_of(gallery: np.ndarray, queries: np.ndarray, k: int, is_one: bool
 
     "ours" and "faiss" return [(similarities, indices)] of the queries that they were given at a time.
     """
-    faiss, neighbors, usearch = require("faiss", "sklearn.neighbors", "usearch.index", file="requirements-dev.txt")
+    neighbors, usearch, faiss = require("sklearn.neighbors", "usearch.index", "faiss", file="requirements-dev.txt")
     flat = faiss.IndexFlatIP(gallery.shape[1])
     flat.add(gallery)
     knn = CosineKNN(gallery)
@@ -62,6 +62,8 @@ def main(config: Config) -> None:
     """Measures all sizes; writes `benchmark_exact_search.json`."""
     sizes = measure.whole_numbers("sizes", config.sizes, 200)
     real, queries, name = measure.real_embeddings(config, config.queries)
+    require("sklearn.neighbors")  # whose newer OpenBLAS knows the CPU
+    measure.choose_faiss_kernels()
     ratios, seconds, agreement = {}, {}, {}
     for size in sizes:
         gallery = measure.gallery_of(size, real)

@@ -1,6 +1,7 @@
 """What the benchmarks share: photos, interleaved timing, ratios with their spread, the result file, its picture."""
 
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,19 @@ from common.storage import atomic_write, cache_folder
 PAUSE = 0.2  # seconds before each contender, in which the threads of the one before go to sleep
 RIVALS = ("faiss", "imagededup", "onnxruntime", "openvino", "pymilvus", "sklearn", "usearch")  # modules
 NOISE = 0.5  # length of the noise added to a unit vector to make another one
+KERNELS = ("", "Haswell", "SkylakeX")  # of OpenBLAS on x86: its own choice, AVX2, AVX-512
+TIME_FAISS = """
+import time, faiss, numpy
+vectors = numpy.random.default_rng(0).standard_normal((4096, 512), numpy.float32)
+index = faiss.IndexFlatIP(512)
+index.add(vectors)
+seconds = []
+for _ in range(5):
+    started = time.perf_counter()
+    index.search(vectors[:1024], 5)
+    seconds.append(time.perf_counter() - started)
+print(min(seconds))
+"""
 
 Contender = Callable[[], object]  # may return the seconds it took, without its preparation
 Ratio = dict[str, float]  # "median", "low", "high"
@@ -81,6 +95,25 @@ def interleaved(contenders: dict[str, Contender], repeats: int, label: str) -> d
             latest = ", ".join(f"{name} {each[-1]:.3f} s" for name, each in seconds.items())
             print(f"{label}, round {number} of {repeats}: {latest}")
     return seconds
+
+
+def choose_faiss_kernels() -> None:
+    """Makes faiss's OpenBLAS, which may be older than this CPU, use the kernels that are fastest here.
+
+    It chooses as it is loaded, so this comes before faiss is imported; each choice is tried in a process of its own, as
+    a CPU stops where it lacks an instruction. The user's own choice, OPENBLAS_CORETYPE, stays.
+    """
+    variable = "OPENBLAS_CORETYPE"
+    if variable in os.environ:
+        return
+    seconds = {}
+    for kernels in KERNELS:
+        environment = {**os.environ, **({variable: kernels} if kernels else {})}
+        ended = subprocess.run([sys.executable, "-c", TIME_FAISS], env=environment, capture_output=True, text=True)
+        if ended.returncode == 0:
+            seconds[kernels] = float(ended.stdout.split()[-1])
+    if seconds and (fastest := min(seconds, key=lambda kernels: seconds[kernels])):
+        os.environ[variable] = fastest
 
 
 @contextmanager

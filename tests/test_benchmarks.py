@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -150,6 +151,34 @@ def test_mistakes_end_with_2_and_one_sentence(run_benchmark, name, arguments, me
 def test_ratios_compare_the_same_round():
     seconds = {"ours": [1.0, 2.0, 4.0], "plain": [3.0, 4.0, 4.0]}
     assert measure.ratios(seconds, "_here") == {"plain_here": {"median": 2.0, "low": 1.0, "high": 3.0}}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({None: 0.3, "Haswell": 0.1}, "Haswell"),  # AVX-512, which is not there, fails
+        ({None: 0.3, "Haswell": 0.2, "SkylakeX": 0.1}, "SkylakeX"),
+        ({None: 0.1, "Haswell": 0.2}, None),
+        ({}, None),  # without faiss, which is named later
+    ],
+)
+def test_faiss_computes_with_the_fastest_kernels_that_run(monkeypatch, seconds, chosen):
+    def run(command, env, **_):
+        kernels = env.get("OPENBLAS_CORETYPE")
+        return subprocess.CompletedProcess(command, 0 if kernels in seconds else -4, f"{seconds.get(kernels)}\n")
+
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "")  # so that it is as before after the test
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    monkeypatch.setattr(subprocess, "run", run)
+    measure.choose_faiss_kernels()
+    assert os.environ.get("OPENBLAS_CORETYPE") == chosen
+
+
+def test_the_kernels_that_the_user_chose_stay(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
+    monkeypatch.setattr(subprocess, "run", None)
+    measure.choose_faiss_kernels()
+    assert os.environ["OPENBLAS_CORETYPE"] == "Zen"
 
 
 def test_rounds_leave_out_the_warm_up():
