@@ -6,7 +6,8 @@ off-the-shelf; Radenovic et al. 2018 for the pooling). Fine-tuning adds a head f
 outputs are the embedding together: one learns to classify the gallery's own classes; one keeps the class probabilities
 of the pre-trained classifier (Hinton et al. 2015, Distilling the Knowledge in a Neural Network); one keeps the
 pre-trained features (Romero et al. 2015, FitNets) and matches two augmented views of a photo among those of others
-(InfoNCE, van den Oord et al. 2018). The scores before fine-tuning stand beside those after it in the result file.
+(InfoNCE, van den Oord et al. 2018). Principal components of the small photo stand beside them. The scores before
+fine-tuning stand beside those after it in the result file.
 
     python cnn_feature_extraction.py
     python cnn_feature_extraction.py --epochs 0       # pre-trained features, no fine-tuning
@@ -59,13 +60,12 @@ class Config(RunConfig):
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
     kind_weight: Annotated[float, Range(0, 1000)] = (
-        0.8  # of its length in the embedding; 0: no such head; timm and untrained: none
+        1.0  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
-    kind_confidence: bool = False  # the less the probabilities say, the shorter that head's output; False: length 1
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
-    detail_weight: Annotated[float, Range(0, 1000)] = 2.0  # of its length in the embedding; 0: no such head
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.3  # of its length in the embedding; 0: no such head
     appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 128  # of the small photo's principal components
-    appearance_weight: Annotated[float, Range(0, 100)] = 0.0  # of its length in the embedding; 0: left out
+    appearance_weight: Annotated[float, Range(0, 100)] = 0.6  # of its length in the embedding; 0: left out
 
     # Fine-tuning, by a softmax over the cosines between a photo's features and a learned direction for each class
     scale: Annotated[float, Range(0.1, 1000)] = 4.0  # of the cosines, an inverse temperature: larger is sharper

@@ -154,13 +154,12 @@ class MultiLevelNetwork(nn.Module):
 
     Labels such as cat and dog say nothing about breeds and single photos: a head that learns from them alone loses
     both. The embedding is [class head, kind_weight * kind head, detail_weight * detail head, appearance_weight *
-    appearance head], the first three of length 1, the last about 1; a head of weight 0 is left out. With
-    `kind_confidence` the kind head's output has the length that its probabilities give it: the less they say, the
-    shorter.
+    appearance head]; a head of weight 0 is left out. The outputs for class and detail have length 1, that for kind is
+    the shorter, the less its probabilities say, and that for appearance has length 1 on average.
 
-    `config` has these hyperparameters: `class_dim`, `kind_dim`, `kind_weight`, `kind_confidence`, `detail_dim`,
-    `detail_weight`, `appearance_dim`, `appearance_weight`. `num_kinds`: classes of the pre-trained classifier; 0 if
-    there is none, and then no kind head.
+    `config` has these hyperparameters: `class_dim`, `kind_dim`, `kind_weight`, `detail_dim`, `detail_weight`,
+    `appearance_dim`, `appearance_weight`. `num_kinds`: classes of the pre-trained classifier; 0 if there is none, and
+    then no kind head.
     """
 
     def __init__(self, backbone: Backbone, config: Any, num_kinds: int) -> None:
@@ -169,7 +168,7 @@ class MultiLevelNetwork(nn.Module):
         self.class_head = FeatureHead(backbone.feature_dim, config.class_dim)
         self.kind_head, self.detail_head, self.appearance_head = None, None, None
         self.kind_weight, self.detail_weight = config.kind_weight, config.detail_weight
-        self.kind_confidence, self.appearance_weight = config.kind_confidence, config.appearance_weight
+        self.appearance_weight = config.appearance_weight
         self.dims = [self.class_head.linear.out_features, 0, 0, 0]
         if self.kind_weight and num_kinds:
             self.kind_head = KindHead(backbone.feature_dim, num_kinds, config.kind_dim)
@@ -186,8 +185,7 @@ class MultiLevelNetwork(nn.Module):
         features = self.backbone(images)  # BxC
         parts = [functional.normalize(self.class_head(features))]
         if self.kind_head is not None:
-            kinds = self.kind_head(features)
-            parts.append(self.kind_weight * (kinds if self.kind_confidence else functional.normalize(kinds)))
+            parts.append(self.kind_weight * self.kind_head(features))
         if self.detail_head is not None:
             parts.append(self.detail_weight * functional.normalize(self.detail_head(features)))
         if self.appearance_head is not None:
@@ -231,7 +229,6 @@ class MultiLevelNetwork(nn.Module):
         state = strip_prefix(prefix, checkpoint.network)
         backbone = rebuild_backbone(checkpoint.config, checkpoint.model["weights"])
         num_kinds = len(state.get("kind_head.logits.bias", ()))
-        config = {"kind_confidence": False, "appearance_weight": 0.0, **checkpoint.config}  # before they were there
-        network = cls(backbone, SimpleNamespace(**config), num_kinds)
+        network = cls(backbone, SimpleNamespace(**checkpoint.config), num_kinds)
         network.load_state_dict(state)
         return network

@@ -186,7 +186,7 @@ EARLIER = {  # of the code that they name: before there were several heads, and 
     *("validation/cnn_feature_extraction.json", "validation/cnn_feature_extraction.average.json"),
 }
 
-LATER = {"degraded_views": False, "kind_confidence": False, "appearance_weight": 0.0}  # what they were before
+LATER = {"degraded_views": False, "appearance_weight": 0.0}  # what they were before
 
 
 def references():

@@ -8,7 +8,6 @@ from sklearn.linear_model import Ridge
 from torch.nn import functional
 
 from common.models.backbones import Backbone, load_backbone
-from common.models.checkpoint import Checkpoint
 from common.models.embedder import Embedder
 from common.models.heads import (
     RIDGE,
@@ -56,7 +55,7 @@ def test_a_head_starts_as_whitened_principal_components(features):
 
 def network_of(backbone, num_kinds=9, **changed):
     config = {"class_dim": 5, "kind_dim": 4, "kind_weight": 0.5, "detail_dim": 7, "detail_weight": 2.0}
-    config |= {"kind_confidence": False, "appearance_dim": 3, "appearance_weight": 0.0} | changed
+    config |= {"appearance_dim": 3, "appearance_weight": 0.0} | changed
     return MultiLevelNetwork(backbone, SimpleNamespace(**config), num_kinds).eval()
 
 
@@ -65,27 +64,14 @@ def test_the_embedding_is_all_heads_weighted(backbone):
     images = torch.rand(3, 3, 64, 64)
     with torch.inference_mode():
         embeddings = network(images)
-        parts = network.split(embeddings)
         features = network.backbone(images)
-        for part, head in zip(parts, (network.class_head, network.kind_head, network.detail_head), strict=True):
-            assert torch.allclose(part, functional.normalize(head(features)), atol=1e-6)
-    assert torch.allclose(embeddings.norm(dim=1), torch.full((3,), 5.25**0.5))
-    unit = functional.normalize(embeddings)
-    classes, kinds, details = (part @ part.T for part in parts)
-    expected = (classes + 0.25 * kinds + 4 * details) / 5.25  # a weighted mean of cosines
-    assert torch.allclose(unit @ unit.T, expected, atol=1e-5)
-
-
-def test_a_kind_counts_as_much_as_its_probabilities_say(backbone):
-    network = network_of(backbone, kind_confidence=True)
-    images = torch.rand(3, 3, 64, 64)
-    with torch.inference_mode():
-        embeddings = network(images)
-        kinds = network.kind_head(network.backbone(images))
+        classes, details = (functional.normalize(head(features)) for head in (network.class_head, network.detail_head))
+        kinds = network.kind_head(features)
         parts = network.split(embeddings)
-    assert torch.allclose(embeddings[:, 5:9], 0.5 * kinds, atol=1e-6)
-    assert torch.allclose(parts[1], functional.normalize(kinds), atol=1e-6)  # what is trained is the direction
-    assert kinds.norm(dim=1).std() > 0
+    assert torch.allclose(embeddings, torch.cat([classes, 0.5 * kinds, 2 * details], 1), atol=1e-6)
+    for part, expected in zip(parts, (classes, functional.normalize(kinds), details), strict=True):
+        assert torch.allclose(part, expected, atol=1e-6)  # what is trained are the directions
+    assert kinds.norm(dim=1).std() > 0  # a kind counts as much as its probabilities say
 
 
 def test_the_appearance_is_the_principal_components_of_the_small_photo(backbone):
@@ -108,18 +94,6 @@ def test_the_appearance_is_the_principal_components_of_the_small_photo(backbone)
     assert torch.allclose(small, large, atol=1e-5)  # the size of the photo doesn't matter
     assert not any(each.requires_grad for each in network.appearance_head.parameters())
     assert AppearanceHead(10**6).out_features == 3 * SMALL**2
-
-
-def test_a_checkpoint_from_before_there_was_an_appearance(backbone):
-    config = {"backbone": "squeezenet1_1", "image_size": 64, "pooling": 1.0, "whole_photo": True}
-    config |= {"class_dim": 5, "kind_dim": 4, "kind_weight": 0.5, "detail_dim": 7, "detail_weight": 2.0}
-    torch.manual_seed(0)
-    network = network_of(load_backbone("squeezenet1_1", "none", 64, 1.0, True), num_kinds=9)
-    stored = Checkpoint("siamese", config, {"weights": "none (untrained)"}, {}, "", "", network=network.state_dict())
-    rebuilt = MultiLevelNetwork.from_checkpoint(stored).eval()
-    images = torch.rand(2, 3, 64, 64)
-    with torch.inference_mode():
-        assert torch.equal(rebuilt(images), network(images))
 
 
 @pytest.mark.parametrize("missing", [{"kind_weight": 0}, {"num_kinds": 0}])
