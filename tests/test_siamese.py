@@ -107,6 +107,10 @@ def test_a_run_and_one_that_was_killed_and_resumed(run_script, synthetic_photos,
     resumed = read(tmp_path / "killed")
     assert resumed["metrics"] == whole["metrics"]
     assert resumed["verification"] == whole["verification"]
+    ended = run_script("siamese.py", "--data", str(synthetic_photos), *SMALL, "--results", "killed", "--resume")
+    assert ended.returncode == 0, ended.stderr
+    timing, epochs = read(tmp_path / "killed")["timing"], sum(epoch["seconds"] for epoch in resumed["history"])
+    assert timing["total_seconds"] > timing["train_seconds"] == epochs  # though no epoch was left to do
 
     checkpoint = Checkpoint.load(tmp_path / "killed" / "siamese.pt")  # holds all that it takes to embed a photo
     preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
@@ -119,7 +123,7 @@ def test_a_run_and_one_that_was_killed_and_resumed(run_script, synthetic_photos,
 
 
 def test_class_pairs_only(run_script, synthetic_photos, tmp_path):
-    paper = (f"--{term}-weight=0" for term in ("view", "feature", "kind", "detail"))
+    paper = (f"--{term}-weight=0" for term in ("view", "feature", "kind", "detail", "appearance"))
     options = ("--cache", "none", "--reduction", "avg_non_zero")
     ended = run_script("siamese.py", "--data", str(synthetic_photos), *SMALL, *paper, *options)
     assert ended.returncode == 0, ended.stderr

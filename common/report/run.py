@@ -63,7 +63,7 @@ class Run(Generic[ConfigT]):
     cache: Path | None
     raw_pixels: Embedder  # the baseline
     commit: str | None  # of the code as it started
-    started: float  # time.perf_counter
+    started: float  # time.perf_counter, less the seconds of epochs before a resume
     also: dict[str, TestSet] = field(default_factory=dict)  # further test sets, by the names of their folders
     baselines: dict[str, dict[str, Values]] = field(default_factory=dict)  # by name, then by test set
     groups: dict[bytes, bytes] = field(default_factory=dict)  # of near-copies, see `load_split`
@@ -185,6 +185,8 @@ class Run(Generic[ConfigT]):
         """
         checkpoint = self.new_checkpoint(photos, decoded.preprocessing, model)
         config: Any = self.config  # of an approach that trains
+        if config.resume and self.checkpoint_path.exists():
+            self.started -= sum(epoch["seconds"] for epoch in Checkpoint.load(self.checkpoint_path).history)
         return train(network, step, photos, decoded, config, checkpoint, self.checkpoint_path, sampler)
 
     def new_checkpoint(self, photos: Photos, preprocessing: Preprocessing, model: dict[str, str]) -> Checkpoint:
@@ -233,9 +235,8 @@ class Run(Generic[ConfigT]):
     ) -> Path:
         """Writes `<approach>.json`, `.per_query.npz`, `.neighbours.csv` and `.png` into `config.results`, all or none.
 
-        Prints a summary, and adds the verification threshold to the checkpoint. `model` holds "backbone" and "weights";
-        `extra` what the approach adds to the result file; `pictures` are written as `<approach>.<name>.png`. Returns
-        the path of the result file.
+        Prints a summary, adds the verification threshold to the checkpoint, returns the path of the result file.
+        `model`: "backbone" and "weights"; `extra` goes into that file, `pictures` into `<approach>.<name>.png`.
         """
         result = self._result(embedder, model, split, evaluation, history) | (extra or {})
         path = self.checkpoint_path.with_suffix(".json")
