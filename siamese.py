@@ -63,12 +63,12 @@ class Config(RunConfig):
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
     kind_weight: Annotated[float, Range(0, 1000)] = (
-        2.0  # of its length in the embedding; 0: no such head; timm and untrained: none
+        1.0  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
-    detail_weight: Annotated[float, Range(0, 1000)] = 4.5  # of its length in the embedding; 0: no such head
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.3  # of its length in the embedding; 0: no such head
     appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 128  # of the small photo's principal components
-    appearance_weight: Annotated[float, Range(0, 100)] = 1.2  # of its length in the embedding; 0: left out
+    appearance_weight: Annotated[float, Range(0, 100)] = 0.6  # of its length in the embedding; 0: left out
 
     # Contrastive loss; Euclidean distances between unit vectors, in [0, 2]
     negative_margin: Annotated[float, Range(0, 2)] = 2.0  # photos of different classes are pushed apart up to it

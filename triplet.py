@@ -58,12 +58,12 @@ class Config(RunConfig):
     class_dim: Annotated[int, Range(1, 65_536)] = 128  # of the head that learns from classes
     kind_dim: Annotated[int, Range(1, 65_536)] = 256  # of the head that keeps the pre-trained class probabilities
     kind_weight: Annotated[float, Range(0, 1000)] = (
-        1.4  # of its length in the embedding; 0: no such head; timm and untrained: none
+        1.0  # of its length in the embedding; 0: no such head; timm and untrained: none
     )
     detail_dim: Annotated[int, Range(1, 65_536)] = 384  # of the head that tells single photos apart
-    detail_weight: Annotated[float, Range(0, 1000)] = 3.2  # of its length in the embedding; 0: no such head
+    detail_weight: Annotated[float, Range(0, 1000)] = 2.3  # of its length in the embedding; 0: no such head
     appearance_dim: Annotated[int, Range(1, 3 * SMALL**2)] = 128  # of the small photo's principal components
-    appearance_weight: Annotated[float, Range(0, 100)] = 0.8  # of its length in the embedding; 0: left out
+    appearance_weight: Annotated[float, Range(0, 100)] = 0.6  # of its length in the embedding; 0: left out
 
     # Triplet loss; Euclidean distances between unit vectors, in [0, 2]
     margin: Annotated[float, Range(0, 2)] = 0.2  # by which an anchor is to be nearer to its positive than its negative
