@@ -182,7 +182,10 @@ def test_views_too_small(run_script, synthetic_photos):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--positive-margin", "1.7"), "positive_margin 1.7 is above negative_margin: lower it"),
+        (
+            ("--positive-margin", "1.7", "--negative-margin", "1.6"),
+            "positive_margin 1.7 is above negative_margin: lower it",
+        ),
         (("--class-margin", "0"), "--class-margin is called --positive-margin now"),
         (("--mining=hard",), "--mining is called --reduction now"),
     ],

@@ -83,7 +83,7 @@ def test_a_run_is_searched_and_compared(run_script, synthetic_photos, tmp_path):
     result = json.loads((tmp_path / "results" / "triplet.json").read_text())
     assert result["config"]["mining"] == "batch_hard"
     assert result["history"][0].keys() >= {"triplets", "view_pairs"}
-    assert result["model"]["embedding_dim"] == 128 + 384
+    assert result["model"]["embedding_dim"] == 128 + 384 + 128
     assert 0 < result["verification"]["threshold"] < 2
     photo = str(next(synthetic_photos.rglob("*.jpg")))
     found = run_script("search.py", photo)
