@@ -34,6 +34,7 @@ SPEEDS = {  # how a row of the table begins: (benchmark, ratio)
     "exact search, 18,000 photos, 5 neighbours | usearch": ("exact_search", "usearch_18000_top5"),
     "exact search, 18,000 photos, one query at a time | faiss": ("exact_search", "faiss_18000_one"),
     "exact search, 18,000 photos, one query at a time | usearch": ("exact_search", "usearch_18000_one"),
+    "exact search, 100,000 photos, one query at a time | usearch": ("exact_search", "usearch_100000_one"),
     "exact search, 1,000,000 photos, one query at a time | faiss": ("exact_search", "faiss_1000000_one"),
     "exact search, 1,000,000 photos, one query at a time | usearch": ("exact_search", "usearch_1000000_one"),
     "files to embeddings, squeezenet1_1 | plain PyTorch loop": ("embedding", "plain_loop_squeezenet1_1"),
