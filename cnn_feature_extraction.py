@@ -107,7 +107,7 @@ class FineTunedCNN(nn.Module):
     def __init__(self, network: MultiLevelNetwork, num_classes: int, scale: float) -> None:
         super().__init__()
         self.network = network
-        self.classifier = CosineClassifier(network.class_head.linear.out_features, num_classes, scale)
+        self.classifier = CosineClassifier(network.dims[0], num_classes, scale)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Bx3xSxS -> (kinds BxK, details BxD, logits BxL)"""

@@ -134,6 +134,12 @@ def run_fields(photos: Photos, config: Config, folder: str) -> dict[str, str | i
     return {**ours, "data": str(photos.folder), "results": folder, "epochs": 1}
 
 
+def random_targets(num_photos: int, own: siamese.Config | autoencoder.Config, device: torch.device) -> torch.Tensor:
+    """What the kind and detail heads are to keep of the photos: unit vectors beside each other, NxE."""
+    parts = (torch.randn(num_photos, dim, device=device) for dim in (own.kind_dim, own.detail_dim))
+    return torch.cat([functional.normalize(part) for part in parts], 1)
+
+
 def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str, measure.Contender]:
     """Epochs of siamese.py with its own hyperparameters, and the plain loop's."""
     own = replace(siamese.Config(), **run_fields(photos, config, folder))
@@ -144,9 +150,8 @@ def siamese_contenders(photos: Photos, config: Config, folder: str) -> dict[str,
         return MultiLevelNetwork(backbone, own, NUM_KINDS)
 
     preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
-    kinds, details = (torch.randn(len(photos), dim, device=run.device) for dim in (own.kind_dim, own.detail_dim))
-    targets = torch.cat([functional.normalize(kinds), functional.normalize(details)], 1)
-    task = Task(True, details, targets=targets)
+    targets = random_targets(len(photos), own, run.device)
+    task = Task(True, targets, targets=targets)
 
     def seconds(decoded: DecodedPhotos) -> float:
         trained = network().to(run.device, memory_format=torch.channels_last)
@@ -176,31 +181,32 @@ def autoencoder_contenders(photos: Photos, config: Config, folder: str) -> dict[
     own = replace(autoencoder.Config(), **run_fields(photos, config, folder))
     run = Run.begin("autoencoder", own, {})
     preprocessing = load_preprocessing(own.backbone, "none", own.image_size, own.whole_photo)
-    targets = torch.randn(len(photos), own.semantic_dim, device=run.device)
+    targets = random_targets(len(photos), own, run.device)
 
     def network() -> autoencoder.Autoencoder:
         backbone = load_backbone(own.backbone, "none", own.image_size, own.pooling, own.whole_photo)
-        return autoencoder.Autoencoder(backbone, own)
+        return autoencoder.Autoencoder(backbone, own, NUM_KINDS)
 
     step = partial(autoencoder.training_step, config=own, preprocessing=preprocessing, targets=targets)
 
     def seconds(decoded: DecodedPhotos) -> float:
         trained = network().to(run.device, memory_format=torch.channels_last)
-        return run.train(trained, step, photos, decoded, {})[-1]["seconds"]
+        sampler = GroupSampler(np.zeros_like(photos.labels), targets)
+        return run.train(trained, step, photos, decoded, {}, sampler)[-1]["seconds"]
 
     def loss_fn(
         network: nn.Module, views: torch.Tensor, photos: torch.Tensor, _: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
-        output, semantics = network(views[:, 0], photos, targets[indices])
+        output, kinds, details = network(torch.cat(views.unbind(1)), photos)
         originals = shrink(photos, own.output_size)
         images = (preprocessing.denormalize(each) for each in (output, originals))
         return (
             own.pixel_weight * functional.mse_loss(output, originals)
             + own.structure_weight * (1 - structural_similarity(*images).mean())
-            + own.feature_weight * (semantics - targets[indices]).square().sum(1).mean()
+            + sum(unsupervised_losses(kinds, details, targets[indices], own).values())
         )
 
-    views = PlainViews(photos, preprocessing, 1, own.view_size, own.min_crop_area)
+    views = PlainViews(photos, preprocessing, 2, own.view_size, own.min_crop_area)
     decoded, random = decode_all(photos, preprocessing, run.cache), RandomPixels(preprocessing, own.batch_size)
     return {
         "ours": lambda: seconds(decoded),

@@ -103,6 +103,7 @@ RENAMED = {  # flags of earlier versions -> what they are called now
     "least_area": "min_crop_area",
     "turns": "repeats",
     "embedding_dim": "detail_dim",
+    "semantic_dim": "detail_dim",
     "width": "decoder_width",
 }
 

@@ -125,7 +125,7 @@ def _train(photos: Path, folder: Path, forks: Forks) -> None:
     started = {}  # all at once, as the other worker may be waiting for them
     for script, options in (
         ("siamese", (*squeezenet, "--negative-margin", "1.5")),
-        ("autoencoder", (*squeezenet, "--output-size", "32", "--feature-weight", "0")),
+        ("autoencoder", (*squeezenet, "--output-size", "32", "--feature-weight", "0", "--view-weight", "0")),
         ("cnn_feature_extraction", squeezenet),
     ):
         log = folder / f"{script}.log"

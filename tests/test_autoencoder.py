@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 from torchvision import models
 
 import autoencoder
-from autoencoder import Autoencoder, Config, Decoder
+from autoencoder import Autoencoder, Config
 from common.models.backbones import load_backbone
+from common.models.heads import Task
 from common.models.pca import principal_components
 from common.report.run import Run
 
@@ -27,51 +29,67 @@ SMALL = (
     "--epochs",
     "2",
 )
-DIMS = ("--appearance-dim", "20", "--semantic-dim", "30", "--decoder-width", "8")
+DIMS = ("--kind-dim", "10", "--detail-dim", "30", "--appearance-dim", "20", "--decoder-width", "8")
 
 
-@pytest.fixture
-def network():
-    """Of an untrained squeezenet1_1 at 64 pixels: codes of 12 + 8 dimensions, reconstructions of 32 x 32."""
+def network_of(**changed):
+    """Of an untrained squeezenet1_1 at 64 pixels: codes of 5 + 8 + 12 dimensions, reconstructions of 32 x 32."""
     torch.manual_seed(0)
-    config = Config(appearance_dim=12, semantic_dim=8, output_size=32, decoder_width=4, appearance_weight=0.5)
-    return Autoencoder(load_backbone("squeezenet1_1", "none", 64), config).eval()
+    dims = {"kind_dim": 5, "detail_dim": 8, "appearance_dim": 12, "appearance_weight": 0.5}
+    config = Config(**dims | {"output_size": 32, "decoder_width": 4} | changed)
+    return Autoencoder(load_backbone("squeezenet1_1", "none", 64), config, 9).eval()
 
 
-def test_the_decoder_sees_the_code_alone(network):
-    photos = torch.rand(3, 3, 64, 64)
-    reconstructions, semantics = network(photos, photos, None)
+@pytest.mark.parametrize("options", [{}, {"view_weight": 0.0}, {"view_weight": 0.0, "feature_weight": 0.0}])
+def test_the_decoder_sees_the_code_alone(options):
+    network = network_of(**options)
+    photos = torch.rand(2, 3, 64, 64)
+    views = torch.cat([photos, torch.rand(2, 3, 64, 64)])
+    reconstructions, kinds, details = network(views, photos)
     codes = network.encoder(photos)
-    assert codes.shape == (3, 20)
-    assert torch.equal(semantics, codes[:, 12:])
-    assert torch.equal(reconstructions, network.decoder(codes))
-    assert reconstructions.shape == (3, 3, 32, 32)
-    known = torch.rand(3, 8)  # in training the semantics to learn take the place of the encoder's
-    reconstructions, semantics = network(photos[:, :, :48, :48], photos, known)
-    assert torch.equal(reconstructions, network.decoder(torch.cat([codes[:, :12], known], 1)))
-    assert torch.equal(semantics, network.encoder.semantics(photos[:, :, :48, :48]))
+    assert codes.shape == (2, 25)
+    assert kinds.shape == (4, 5)
+    assert details.shape == (4, 8)
+    assert torch.allclose(details[:2], functional.normalize(codes[:, 5:13]), atol=1e-6)
+    assert torch.allclose(reconstructions, network.decoder(codes), atol=1e-6)
+    assert reconstructions.shape == (2, 3, 32, 32)
+    other, _, _ = network(views.flip(0), photos)  # the appearance is that of the photos, the rest of the first views
+    mixed = torch.cat([network.encoder(views.flip(0))[:2, :13], codes[:, 13:]], 1)
+    assert torch.allclose(other, network.decoder(mixed), atol=1e-6)
 
 
-def test_without_details_a_reconstruction_is_that_of_the_principal_components(network):
+@pytest.mark.parametrize(("view_weight", "feature_weight", "is_trained"), [(0, 1, False), (1, 0, False), (0, 0, True)])
+def test_the_heads_learn_from_pixels_only_if_there_is_nothing_else(view_weight, feature_weight, is_trained):
+    network = network_of(view_weight=view_weight, feature_weight=feature_weight)
+    network.decoder.refine[-2].weight.data.normal_()  # at first nothing is refined
+    photos = torch.rand(2, 3, 64, 64)
+    network(photos, photos)[0].sum().backward()
+    gradient = network.encoder.detail_head.linear.weight.grad
+    assert (gradient is not None and bool(gradient.any())) == is_trained
+
+
+def test_without_details_a_reconstruction_is_that_of_the_principal_components():
+    network = network_of()
     torch.manual_seed(1)
     photos = torch.rand(40, 3, 32, 32)
-    network.init_appearance(photos)
+    features, kinds = (functional.normalize(torch.rand(20, dim)) for dim in (512, 9))
+    kept = network.init_heads(Task(False, features, photos, kinds), 0.5)
+    assert kept.shape == (20, 13)
     network.decoder.refine = torch.nn.Module()
     network.decoder.refine.forward = lambda maps: 0
-    appearance = network.encoder.appearance(photos)
-    assert appearance.square().sum(1).mean().sqrt() == pytest.approx(0.5, rel=1e-4)  # the weight of appearance
+    appearance = 0.5 * network.encoder.appearance_head(photos)
     flat = photos.flatten(1)
     mean, directions = principal_components(flat, 12, 0)
-    unit = torch.nn.functional.normalize(directions)
+    unit = functional.normalize(directions)
     expected = mean + (flat - mean) @ unit.T @ unit
-    codes = torch.cat([appearance, torch.zeros(40, 8)], 1)
+    codes = torch.cat([torch.zeros(40, 13), appearance], 1)
     assert torch.allclose(network.decoder(codes).flatten(1), expected, atol=1e-4)
 
 
 def test_appearance_is_not_trained():
-    trained = {name for name, each in Decoder(12, 8, 32, 4).named_parameters() if each.requires_grad}
-    assert trained
-    assert not any(name.startswith("pixels") for name in trained)
+    trained = {name for name, each in network_of().named_parameters() if each.requires_grad}
+    assert {"decoder.context.0.weight", "encoder.detail_head.linear.weight"} < trained
+    assert not any(name.startswith(("decoder.pixels", "encoder.appearance_head")) for name in trained)
 
 
 def test_training_never_sees_the_labels(synthetic_photos, tmp_path, monkeypatch):
@@ -114,16 +132,16 @@ def test_a_run(run_script, synthetic_photos, tmp_path):
     ended = run_script("autoencoder.py", "--data", str(synthetic_photos), "--weights", "frozen.pth", *SMALL, *DIMS)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
-    assert set(result["history"][0]) >= {"pixels", "structure", "features"}
-    assert result["history"][1]["features"] < result["history"][0]["features"]
+    assert set(result["history"][0]) >= {"pixels", "structure", "features", "view_pairs"}
+    assert result["history"][1]["loss"] < result["history"][0]["loss"]
     reconstruction = result["reconstruction"]
-    assert reconstruction["dimensions"] == 50
+    assert reconstruction["dimensions"] == 60
     for prefix in ("", "pca_"):
         assert 0 < reconstruction[f"{prefix}mse"] < 1
         assert 0 < reconstruction[f"{prefix}psnr"] < 60
     assert result["baselines"].keys() == {"pretrained", "raw_pixels", "chance"}
     assert result["baselines"]["pretrained"].keys() == result["metrics"].keys()
-    assert result["model"]["embedding_dim"] == 50
+    assert result["model"]["embedding_dim"] == 60
     assert result["model"]["weights"].startswith("frozen.pth, sha256 ")
     with Image.open(tmp_path / "results" / "autoencoder.reconstructions.png") as picture:
         assert picture.width > 10 * 128
@@ -134,11 +152,11 @@ def test_a_run(run_script, synthetic_photos, tmp_path):
 
 def test_pixels_alone(run_script, synthetic_photos, tmp_path):
     """No weights are loaded, even if some are named; with classes or without them."""
-    alone = ("--feature-weight", "0", "--weights", "nowhere.pth", "--no-labelled")
+    alone = ("--feature-weight", "0", "--view-weight", "0", "--weights", "nowhere.pth", "--no-labelled")
     ended = run_script("autoencoder.py", "--data", str(synthetic_photos), *SMALL, *DIMS, *alone)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
-    assert "features" not in result["history"][0]
+    assert not {"features", "view_pairs"} & result["history"][0].keys()
     assert result["model"]["weights"] == "none (untrained)"
     assert all(name.startswith("instance_") for name in result["metrics"])
 

@@ -10,7 +10,7 @@ import torch
 from common.config import UserError
 from common.storage import atomic_write, require_file
 
-SCHEMA = 6  # version of the fields below
+SCHEMA = 7  # version of the fields below
 # May differ when a run is resumed. Photos and weights are compared themselves, not where they lie.
 RESUMABLE_FIELDS = {
     *("data", "queries", "also", "weights", "group_duplicates"),

@@ -1,7 +1,4 @@
-"""A backbone with a head for each level of similarity: the network of the approaches that learn from classes.
-
-`AppearanceHead` is the autoencoder's too.
-"""
+"""A backbone with a head for each level of similarity: the network of every approach that trains one."""
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -158,18 +155,20 @@ class MultiLevelNetwork(nn.Module):
     the shorter, the less its probabilities say, and that for appearance has length 1 on average.
 
     `config` has these hyperparameters: `class_dim`, `kind_dim`, `kind_weight`, `detail_dim`, `detail_weight`,
-    `appearance_dim`, `appearance_weight`. `num_kinds`: classes of the pre-trained classifier; 0 if there is none, and
-    then no kind head.
+    `appearance_dim`, `appearance_weight`; without `class_dim`, as where no labels are used, there is no class head, but
+    always a detail head. `num_kinds`: classes of the pre-trained classifier; 0 if there is none, and then no kind head.
     """
 
     def __init__(self, backbone: Backbone, config: Any, num_kinds: int) -> None:
         super().__init__()
         self.backbone = backbone.network
-        self.class_head = FeatureHead(backbone.feature_dim, config.class_dim)
-        self.kind_head, self.detail_head, self.appearance_head = None, None, None
+        self.class_head, self.kind_head, self.detail_head, self.appearance_head = None, None, None, None
         self.kind_weight, self.detail_weight = config.kind_weight, config.detail_weight
         self.appearance_weight = config.appearance_weight
-        self.dims = [self.class_head.linear.out_features, 0, 0, 0]
+        self.dims = [0, 0, 0, 0]
+        if hasattr(config, "class_dim"):
+            self.class_head = FeatureHead(backbone.feature_dim, config.class_dim)
+            self.dims[0] = self.class_head.linear.out_features
         if self.kind_weight and num_kinds:
             self.kind_head = KindHead(backbone.feature_dim, num_kinds, config.kind_dim)
             self.dims[1] = self.kind_head.components.out_features
@@ -182,8 +181,9 @@ class MultiLevelNetwork(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Bx3xSxS -> float32 BxE"""
-        features = self.backbone(images)  # BxC
-        parts = [functional.normalize(self.class_head(features))]
+        features, parts = self.backbone(images), []  # BxC
+        if self.class_head is not None:
+            parts.append(functional.normalize(self.class_head(features)))
         if self.kind_head is not None:
             parts.append(self.kind_weight * self.kind_head(features))
         if self.detail_head is not None:
@@ -195,7 +195,7 @@ class MultiLevelNetwork(nn.Module):
     def split(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """BxE -> the unit vectors of the heads for class, kind and detail.
 
-        Those of a missing kind head have no columns; those of a missing detail head are those of the class head.
+        Those of a missing head have no columns; but those of a missing detail head are those of the class head.
         """
         classes, kinds, details, _ = embeddings.split(self.dims, 1)
         return (
@@ -211,14 +211,14 @@ class MultiLevelNetwork(nn.Module):
         Returns what the kind and detail heads are to keep, their unit vectors beside each other.
         """
         features, kept = task.features, []
-        self.class_head.init_orthogonal(features)
+        if self.class_head is not None:
+            self.class_head.init_orthogonal(features)
         if self.kind_head is not None and task.kinds is not None:
             kept.append(self.kind_head.init_from_classifier(features, task.kinds, whitening))
-        kept.append(
-            self.class_head(features)
-            if self.detail_head is None
-            else self.detail_head.init_principal(features, whitening)
-        )
+        if self.detail_head is not None:
+            kept.append(self.detail_head.init_principal(features, whitening))
+        elif self.class_head is not None:
+            kept.append(self.class_head(features))
         if self.appearance_head is not None and task.small is not None:
             self.appearance_head.init_principal(task.small)
         return torch.cat([functional.normalize(each) for each in kept], 1)

@@ -47,14 +47,13 @@ def network_and_step(module, backbone, config):
     random = torch.Generator().manual_seed(1)
     features, kinds = (functional.normalize(torch.rand(PHOTOS, dim, generator=random)) for dim in (512, KINDS))
     preprocessing = backbone.preprocessing
-    if module is autoencoder:
-        network = autoencoder.Autoencoder(backbone, config)
-        network.init_appearance(torch.rand(PHOTOS, 3, SMALL, SMALL, generator=random))
-        targets = network.encoder.features.init_principal(features, config.whitening)
-        return network, partial(module.training_step, config=config, preprocessing=preprocessing, targets=targets)
-    network = MultiLevelNetwork(backbone, config, KINDS)
     small = torch.rand(PHOTOS, 3, SMALL, SMALL, generator=random)
     task = Task(True, features, small, kinds.sqrt())
+    if module is autoencoder:
+        network = autoencoder.Autoencoder(backbone, config, KINDS)
+        targets = network.init_heads(task, config.whitening)
+        return network, partial(module.training_step, config=config, preprocessing=preprocessing, targets=targets)
+    network = MultiLevelNetwork(backbone, config, KINDS)
     targets = network.init_heads(task, config.whitening)
     if module is cnn_feature_extraction:
         whole = cnn_feature_extraction.FineTunedCNN(network, CLASSES, config.scale)

@@ -17,7 +17,7 @@ TRAINED = (*SMALL, "--view-size", "64", "--epochs", "3", "--batch-size", "16")
 OPTIONS = {
     "siamese": (*TRAINED, "--negative-margin", "1.5"),
     "triplet": TRAINED,
-    "autoencoder": (*TRAINED, "--output-size", "32", "--feature-weight", "0"),
+    "autoencoder": (*TRAINED, "--output-size", "32", "--feature-weight", "0", "--view-weight", "0"),
     "cnn_feature_extraction": SMALL,
 }
 

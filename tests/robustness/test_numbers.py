@@ -152,7 +152,7 @@ def test_training_reads_no_query(approach, few_photos, tmp_path, monkeypatch):
         small |= {"epochs": 1}
     else:
         small |= {"view_size": 64, "epochs": 1, "batch_size": 16}
-    small |= {"output_size": 32, "feature_weight": 0} if approach == "autoencoder" else {}
+    small |= {"output_size": 32, "feature_weight": 0, "view_weight": 0} if approach == "autoencoder" else {}
     script.main(script.Config(data=str(few_photos), cache="none", **small))
     assert len(queries) == 4
     assert len(read) >= 16

@@ -66,9 +66,9 @@ def steps():
         else:
             last = {"heads": network, "task": Task(True, features, targets=targets)}
         yield script.training_step, network, (batch, config), {"preprocessing": backbone.preprocessing, **last}
-    config = autoencoder.Config(**small, appearance_dim=16, semantic_dim=16, output_size=32)
-    network = autoencoder.Autoencoder(backbone, config)
-    targets = network.encoder.features.init_principal(features, config.whitening)
+    config = autoencoder.Config(**small, appearance_dim=16, detail_dim=16, output_size=32)
+    network = autoencoder.Autoencoder(backbone, config, 0)
+    targets = network.init_heads(Task(False, features), config.whitening)
     yield (
         autoencoder.training_step,
         network,

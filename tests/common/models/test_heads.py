@@ -109,6 +109,26 @@ def test_the_kind_head_may_be_missing(backbone, missing):
     assert network.init_heads(Task(True, features), 0.25).shape == (20, 7)
 
 
+def test_without_labels_there_is_no_class_head(backbone):
+    config = {"kind_dim": 4, "kind_weight": 0.5, "detail_dim": 7, "detail_weight": 2.0}
+    config |= {"appearance_dim": 3, "appearance_weight": 0.5}
+    network = MultiLevelNetwork(backbone, SimpleNamespace(**config), 9).eval()
+    features, kinds = (functional.normalize(torch.rand(20, dim)) for dim in (512, 9))
+    kept = network.init_heads(Task(False, features, torch.rand(30, 3, SMALL, SMALL), kinds), 0.25)
+    assert kept.shape == (20, 11)
+    images = torch.rand(3, 3, 64, 64)
+    with torch.inference_mode():
+        embeddings = network(images)
+        classes, kinds, details = network.split(embeddings)
+        features = network.backbone(images)
+        parts = 0.5 * network.kind_head(features), 2 * functional.normalize(network.detail_head(features))
+        expected = torch.cat([*parts, 0.5 * network.appearance_head(images)], 1)
+    assert torch.equal(embeddings, expected)
+    assert classes.shape == (3, 0)
+    assert kinds.shape == (3, 4)
+    assert torch.allclose(details, parts[1] / 2, atol=1e-6)
+
+
 def test_without_weights_the_class_head_is_all(backbone):
     network = network_of(backbone, kind_weight=0.0, detail_weight=0.0)
     with torch.inference_mode():
