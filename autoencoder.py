@@ -137,8 +137,8 @@ class Autoencoder(nn.Module):
         _, kinds, details = self.encoder.split(codes)
         seen = codes[: len(photos), : -self.decoder.appearance_dim]
         appearance = self.encoder.appearance_weight * self.encoder.appearance_head(photos)  # type: ignore[misc]
-        seen = seen if self.pixels_alone else seen.detach()
-        return self.decoder(torch.cat([seen, appearance], 1)), kinds, details
+        known = seen if self.pixels_alone else seen.detach()
+        return self.decoder(torch.cat([known, appearance], 1)), kinds, details
 
     @torch.no_grad()
     def init_heads(self, task: Task, whitening: float) -> torch.Tensor:
@@ -199,11 +199,12 @@ def main(config: Config) -> Path:
     weights = "none" if learns_from_pixels_alone(config) else config.weights
     backbone = load_backbone(config.backbone, weights, *shape, untrained_if_missing=run.is_synthetic)
     config = replace(config, view_size=require_view_size(backbone, config.view_size))
+    if backbone.weights == UNTRAINED:
+        config = replace(config, feature_weight=0.0)  # there is nothing to keep
     decoded = DecodedPhotos(backbone.preprocessing, run.cache)
     frozen = run.embedder(backbone.network, decoded)
     split = run.load_photos(decoded, frozen=frozen)
-    with_classifier = config.kind_weight > 0
-    task = run.prepare_training(frozen, backbone.weights, split, True, with_classifier)
+    task = run.prepare_training(frozen, backbone.weights, split, True, config.kind_weight > 0)
 
     network = Autoencoder(backbone, config, task.num_kinds)
     kept = network.init_heads(task, config.whitening).to(run.device)

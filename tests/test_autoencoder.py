@@ -150,9 +150,10 @@ def test_a_run(run_script, synthetic_photos, tmp_path):
     assert found.stdout.count("   5  ") == 1
 
 
-def test_pixels_alone(run_script, synthetic_photos, tmp_path):
+@pytest.mark.parametrize("alone", [("--feature-weight", "0", "--weights", "nowhere.pth"), ("--weights", "none")])
+def test_pixels_alone(run_script, synthetic_photos, tmp_path, alone):
     """No weights are loaded, even if some are named; with classes or without them."""
-    alone = ("--feature-weight", "0", "--view-weight", "0", "--weights", "nowhere.pth", "--no-labelled")
+    alone = ("--view-weight", "0", *alone, "--no-labelled")
     ended = run_script("autoencoder.py", "--data", str(synthetic_photos), *SMALL, *DIMS, *alone)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "results" / "autoencoder.json").read_text())
