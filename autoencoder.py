@@ -3,8 +3,7 @@
 An encoder compresses a photo into a code, from which a decoder reconstructs it (Hinton and Salakhutdinov 2006). The
 code has a head for each level of similarity:
 
-- kind: the class probabilities of the pre-trained classifier (Hinton et al. 2015, Distilling the Knowledge in a Neural
-  Network)
+- kind: the class probabilities of the pre-trained classifier (Hinton et al. 2015, knowledge distillation)
 - detail: the pre-trained features of the whole photo, learned from augmented views (denoising, on features: Vincent et
   al. 2008; Romero et al. 2015, FitNets), while two views of a photo must identify each other among all other views in
   the batch (InfoNCE, van den Oord et al. 2018)
@@ -16,6 +15,11 @@ No labels are used but those that the CNN was pre-trained with (ImageNet).
     python autoencoder.py --feature-weight 0 --view-weight 0
 
 The last one learns from pixels alone, from random weights: precision@5 0.562, PSNR 25.0 dB.
+
+Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on two cores of an AMD EPYC in
+bfloat16: precision@5 0.950, instance_hit_rate@1_crop 0.957, recall@1 by dog breed 0.499 after 26 minutes of training;
+the pre-trained network as it is has 0.944, 0.802 and 0.438 (results/reference/autoencoder.json). PSNR: 24.4 dB, that of
+as many principal components of the pixels 25.0.
 """
 
 import common  # noqa: F401, I001  # before torch, for its threads and memory
