@@ -4,7 +4,8 @@ The ranking is that of a float64 brute force over the unit vectors, ties going t
 one 16-bit matrix product. The gallery is scanned block by block, and the k best so far are kept for each query:
 
 1. Rough product. Queries and block are rounded to bfloat16, where that is faster, and multiplied: for many queries on
-   CPUs with instructions for it, and for one query on all, as it is bound by memory bandwidth.
+   CPUs with instructions for it, and for one query on all, as it is bound by memory bandwidth. One query is multiplied
+   in 8 bits where the CPU does that exactly and, as is measured, faster still.
 2. Error bound. How far a rough score can deviate from the exact one is bounded by Cauchy-Schwarz from the rounding
    errors of the vectors, which are measured, and by the known error of summing D products (`bound_errors`).
 3. Candidates. A score that is lower than the k-th best by more than both errors can't be among the k best. A lower
@@ -20,7 +21,6 @@ are computed on the GPU, if there is one: the gallery goes there block by block,
 import functools
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from common.parallel import parallel_map
 from common.retrieval.rough import (
     FLOAT32_EPSILON,
     MANY_QUERIES,
+    Rounded,
     blas,
     bound_errors,
     choose_rough_precision,
@@ -76,6 +77,7 @@ class CosineKNN:
         _silence_sparse_warning()
         self.gallery = gallery if isinstance(gallery, StoredRows) else normalize(gallery)
         self.gpu = device if device.type == "cuda" else None
+        self.copies: dict[torch.dtype, Rounded] = {}  # of the gallery, made when they are needed
         self.has_searched = False  # the gallery is rounded for the second single query: for one it would take longer
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -129,11 +131,20 @@ class CosineKNN:
         ranked = parallel_map(functools.partial(_argsort_descending, k=k), map(scores, chunks), prefetch=2)
         yield from zip(chunks, ranked, strict=True)
 
-    @cached_property
-    def _rounded(self) -> tuple[torch.Tensor, float]:
-        """The gallery in bfloat16, and its largest rounding error. Kept: half as much memory as the gallery takes."""
-        rounded, errors = round_vectors(torch.from_numpy(self.gallery[:]))
-        return rounded, float(errors.max())
+    def _rounded(self, block: np.ndarray, part: slice, precision: torch.dtype) -> Rounded:
+        """A block of the gallery, that `part` of it. Of one in memory a copy is kept, half or a quarter as large."""
+        if not isinstance(self.gallery, np.ndarray):
+            return round_vectors(torch.from_numpy(block), precision)
+        if precision not in self.copies:
+            self.copies[precision] = round_vectors(torch.from_numpy(self.gallery), precision)
+        copy = self.copies[precision]
+        return Rounded(copy.vectors[part], copy.scale, copy.errors[part])
+
+    @property
+    def bytes_per_photo(self) -> float | None:
+        """Of the embeddings and of those copies of them that searches have made so far."""
+        copies = sum(copy.vectors.nbytes + copy.errors.nbytes for copy in self.copies.values())
+        return 4.0 * self.gallery.shape[1] + copies / len(self.gallery)
 
     def _checked(self, queries: np.ndarray) -> np.ndarray:
         if queries.ndim != 2 or queries.shape[1] != self.gallery.shape[1]:
@@ -150,12 +161,12 @@ class CosineKNN:
     ) -> None:
         """Updates `similarities` and `indices`, [Q, k], the best so far, with that part of the gallery."""
         block, k = self.gallery[part], similarities.shape[1]
-        rough_queries, rough_block, error_bound = self._rough(queries, block, part)
+        rough_queries, rough_block, scale, error_bound = self._rough(queries, block, part)
         find = find_candidates if rough_block.device == CPU else find_candidates_on_gpu
         excluded_column = np.full(len(queries), -1) if exclude is None else exclude - part.start
 
         def update_topk(rows: slice) -> None:
-            scores = rough_product(rough_queries[rows], rough_block)
+            scores = rough_product(rough_queries[rows], rough_block, scale)
             row = np.flatnonzero((excluded_column[rows] >= 0) & (excluded_column[rows] < len(block)))
             excluded = row, excluded_column[rows][row]
             row, column = find(scores, k, similarities[rows, -1:], 2 * error_bound[rows], excluded)
@@ -179,25 +190,23 @@ class CosineKNN:
 
     def _rough(
         self, queries: np.ndarray, block: np.ndarray, part: slice
-    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    ) -> tuple[torch.Tensor, torch.Tensor, float, np.ndarray]:
         """Queries and gallery block where, and in the precision in which, they are multiplied fastest.
 
-        Also the largest error of each query's products, float32 [Q, 1].
+        Also what their products are to be multiplied by, and the largest error of each query's, float32 [Q, 1].
         """
-        rough_queries, rough_block = torch.from_numpy(queries), torch.from_numpy(block)
+        rough_queries, rough_block, scale, dim = torch.from_numpy(queries), torch.from_numpy(block), 1.0, block.shape[1]
         query_errors, block_error = np.zeros((len(queries), 1), np.float32), 0.0
-        in_memory = isinstance(self.gallery, np.ndarray)
+        is_rounded = isinstance(self.gallery, np.ndarray) and self.has_searched
+        precision = choose_rough_precision(len(queries), dim, is_rounded)
         if self.gpu is not None and len(queries) >= MANY_QUERIES:
             # In float32: no bound is published for the errors of a card's 16-bit products.
             rough_queries, rough_block = rough_queries.to(self.gpu), rough_block.to(self.gpu)
-        elif choose_rough_precision(len(queries), in_memory and self.has_searched) == torch.bfloat16:
-            rough_queries, query_errors = round_vectors(rough_queries)
-            if in_memory:
-                rough_block, block_error = self._rounded[0][part], self._rounded[1]
-            else:
-                rough_block, errors = round_vectors(rough_block)
-                block_error = float(errors.max())
-        return rough_queries, rough_block, bound_errors(query_errors, block_error, queries.shape[1], rough_block.dtype)
+        elif precision != torch.float32:
+            rough_queries, query_scale, query_errors = round_vectors(rough_queries, precision)
+            rough_block, block_scale, errors = self._rounded(block, part, precision)
+            scale, block_error = query_scale * block_scale, float(errors.max())
+        return rough_queries, rough_block, scale, bound_errors(query_errors, block_error, dim, rough_block.dtype)
 
     def _merge_precisely(
         self, query: np.ndarray, best: np.ndarray, candidates: np.ndarray

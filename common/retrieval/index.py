@@ -59,8 +59,7 @@ def describe_quality(
     `queries` and `exclude` are as for `CosineKNN.search`.
     """
     if not isinstance(index, ApproximateKNN):
-        memory_of_dim = 4.0 + 2.0  # in float32 and, rounded, in bfloat16
-        return {"engine": "exact", RECALL: 1.0, "bytes_per_photo": memory_of_dim * index.gallery.shape[1]}
+        return {"engine": "exact", RECALL: 1.0, "bytes_per_photo": index.bytes_per_photo}
     recall, size = index.measure_recall(queries, exclude=exclude), index.bytes_per_photo
     memory = f", {size:,.0f} bytes per photo" if size else ""
     print(f"{index.describe()}: {RECALL} {recall:.3f} against the exact search{memory}")

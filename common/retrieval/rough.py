@@ -1,6 +1,9 @@
 """Rough products of queries with a gallery, how far they can be from the exact ones, and which are left to compare."""
 
 import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,24 +14,64 @@ from common.device import choose_product_precision
 MANY_QUERIES = 64  # from here on a product is bound by arithmetic, below by memory bandwidth
 FLOAT32_EPSILON = 2.0**-24  # largest relative error of rounding to float32
 BFLOAT16_ERROR = 2.0**-9  # largest absolute error of rounding a number below 1 to bfloat16
+INT8_MAX = 127
+PROBED = 8192  # vectors that are multiplied to measure what is fastest
+WORTHWHILE = 0.7  # of the time in bfloat16: 8 bits leave more candidates to compare
 
 
-def choose_rough_precision(queries: int, is_rounded: bool) -> torch.dtype:
+class Rounded(NamedTuple):
+    """Vectors [N, D], rounded: about scale * vectors."""
+
+    vectors: torch.Tensor  # bfloat16 or int8 [N, D]
+    scale: float
+    errors: np.ndarray  # float32 [N, 1]: how far each is from what it was
+
+
+def choose_rough_precision(queries: int, dim: int, is_rounded: bool) -> torch.dtype:
     """The precision in which so many queries are multiplied with a gallery fastest.
 
     For one query it depends on whether the gallery `is_rounded` already, which takes longer than the product.
     """
     if queries == 1 and is_rounded:
-        return torch.bfloat16  # half as much to read
+        return torch.int8 if prefers_int8(dim) else torch.bfloat16  # a quarter, or half as much to read
     return choose_product_precision() if queries >= MANY_QUERIES else torch.float32
 
 
-def rough_product(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """[Q, N]; of many queries on one core, or on the GPU that holds both.
+@functools.cache
+def prefers_int8(dim: int) -> bool:
+    """Whether this CPU multiplies one query exactly in 8 bits, and much faster than in bfloat16: both are tried.
+
+    Without instructions for it, sums of two products may saturate at 16 bits (oneDNN, Nuances of int8 Computations).
+    """
+    largest = torch.full((PROBED, dim), INT8_MAX, dtype=torch.int8)
+    largest[1::2] *= -1
+    rounded, expected = largest.bfloat16(), torch.tensor([INT8_MAX**2, -(INT8_MAX**2)]) * dim
+    try:
+        is_exact = (rough_product(largest[:1], largest).view(-1, 2) == expected).all()
+    except RuntimeError:  # not for this CPU
+        return False
+    in_int8, in_bfloat16 = (_fastest(functools.partial(rough_product, each[:1], each)) for each in (largest, rounded))
+    return bool(is_exact) and in_int8 < WORTHWHILE * in_bfloat16
+
+
+def _fastest(product: Callable[[], torch.Tensor], repeats: int = 5) -> float:
+    """Seconds that it takes, undisturbed."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def rough_product(queries: torch.Tensor, gallery: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """[Q, N], of int8 times `scale`; of many queries on one core, or on the GPU that holds both.
 
     NumPy's OpenBLAS multiplies large float32 matrices 1.3 times as fast as torch's MKL on an AMD EPYC with AVX2. With
     threads of its own, which keep spinning, it would delay the next photo's network.
     """
+    if queries.dtype == torch.int8:
+        return (torch._int_mm(gallery, queries.T) * scale).T
     if len(queries) == 1:
         return (gallery @ queries[0])[None]
     if len(queries) < MANY_QUERIES:
@@ -44,12 +87,16 @@ def blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def round_vectors(vectors: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    """[N, D] in bfloat16, and how far each is from that: float32 [N, 1]."""
-    rounded = vectors.bfloat16()
-    chunks = zip(rounded.split(1024), vectors.split(1024), strict=True)
-    differences = ((low.float() - full).numpy() for low, full in chunks)
-    return rounded, np.sqrt(np.concatenate([np.vecdot(each, each) for each in differences]))[:, None]
+def round_vectors(vectors: torch.Tensor, precision: torch.dtype) -> Rounded:
+    """float32 [N, D] in bfloat16 or int8."""
+    scale, rounded, errors = 1.0, torch.empty(vectors.shape, dtype=precision), []
+    if precision == torch.int8:
+        scale = max(float(vectors.max()), -float(vectors.min()), 1e-30) / INT8_MAX
+    for low, full in zip(rounded.split(1024), vectors.split(1024), strict=True):
+        low.copy_((full / scale).round() if precision == torch.int8 else full)
+        difference = (scale * low.float() - full).numpy()
+        errors.append(np.vecdot(difference, difference))
+    return Rounded(rounded, scale, np.sqrt(np.concatenate(errors))[:, None])
 
 
 def bound_errors(query_errors: np.ndarray, block_error: float, dim: int, precision: torch.dtype) -> np.ndarray:

@@ -93,9 +93,11 @@ def test_only_a_cuda_gpu_compares_queries():
     assert CosineKNN(gallery, torch.device("cuda:1")).gpu == torch.device("cuda:1")
 
 
+@pytest.mark.parametrize("in_int8", [False, True])
 @pytest.mark.parametrize("block", [64, 4096])
 @pytest.mark.parametrize("center", [1.0, 0.0, -1.0])
-def test_one_query_after_another_finds_what_all_at_once_find(monkeypatch, block, center):
+def test_one_query_after_another_finds_what_all_at_once_find(monkeypatch, block, center, in_int8):
+    monkeypatch.setattr(rough, "prefers_int8", lambda dim: in_int8)
     monkeypatch.setattr(exact, "GALLERY_BLOCK", block)
     monkeypatch.setattr(exact, "FEW_QUERIES", 2)
     rng = np.random.default_rng(7)
@@ -107,17 +109,70 @@ def test_one_query_after_another_finds_what_all_at_once_find(monkeypatch, block,
         monkeypatch.setattr(exact, "MAX_PRECISE", most)
         index = CosineKNN(gallery)
         found = [index.search(query[None], 100) for query in queries]
-        assert index.__dict__.keys() >= {"_rounded"}  # the first query alone did without
+        precision = torch.int8 if in_int8 else torch.bfloat16
+        assert precision in index.copies  # the first query alone did without
+        copies = sum(3000 * (copy.itemsize * 32 + 4) for copy in index.copies)
+        assert index.bytes_per_photo == 4 * 32 + copies / 3000
         assert [indices[0].tolist() for _, indices in found] == expected_indices.tolist()
         assert np.concatenate([each for each, _ in found]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_errors_of_rounding_to_bfloat16():
     vectors = torch.tensor([[1.0, 0.5, 0.0], [1 + 2**-8, 0, 0], [1 + 2**-8, 0, 2 + 2**-7], [1 + 2**-7, 0, 0]])
-    rounded, errors = rough.round_vectors(vectors.repeat(600, 1))  # more than are rounded at a time
+    rounded, scale, errors = rough.round_vectors(vectors.repeat(600, 1), torch.bfloat16)  # more than a chunk
+    assert scale == 1
     assert rounded[:4].tolist() == [[1, 0.5, 0], [1, 0, 0], [1, 0, 2], [1 + 2**-7, 0, 0]]
     assert errors.shape == (2400, 1)
     assert errors.reshape(600, 4) == pytest.approx(np.tile([0, 2**-8, 5**0.5 * 2**-8, 0], (600, 1)))
+
+
+def test_errors_of_rounding_to_8_bits():
+    vectors = torch.tensor([[127.0, 0.25, -3.5], [1.75, 2.5, -127.0], [0, 0, 0], [-100.4, 99, 1]])
+    rounded, scale, errors = rough.round_vectors(2 * vectors.repeat(600, 1), torch.int8)
+    assert scale == 2
+    assert rounded.dtype == torch.int8
+    assert rounded[:4].tolist() == [[127, 0, -4], [2, 2, -127], [0, 0, 0], [-100, 99, 1]]  # halves go to even numbers
+    expected = 2 * np.sqrt([0.25**2 + 0.5**2, 0.25**2 + 0.5**2, 0, 0.4**2])
+    assert errors.reshape(600, 4) == pytest.approx(np.tile(expected, (600, 1)), rel=1e-4)
+    zeros, scale, errors = rough.round_vectors(torch.zeros(2, 3), torch.int8)
+    assert not zeros.any()
+    assert errors.tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 7), (5000, 33), (70, 512)])
+def test_one_product_in_8_bits(rows, dim):
+    rng = np.random.default_rng(10)
+    gallery, query = (rng.integers(-127, 128, (count, dim), np.int8) for count in (rows, 1))
+    expected = 0.5 * (query.astype(int) @ gallery.T.astype(int))
+    product = rough.rough_product(torch.from_numpy(query), torch.from_numpy(gallery), 0.5)
+    assert product.dtype == torch.float32
+    if rough.prefers_int8(dim):
+        assert product.tolist() == expected.tolist()
+
+
+def saturated(gallery, query):
+    """As without instructions for 8 bits: gallery + 128, and sums of two products saturate at 16 bits."""
+    products = (gallery.int() + 128) * query.T.int()
+    sums = products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1).sum(1, keepdim=True)
+    return sums - 128 * query.int().sum()
+
+
+def missing(gallery, query):
+    raise RuntimeError("not for this CPU")
+
+
+@pytest.mark.parametrize("product", [saturated, missing])
+def test_8_bits_are_used_only_where_their_sums_are_exact(monkeypatch, product):
+    monkeypatch.setattr(torch, "_int_mm", product)
+    monkeypatch.setattr(rough, "_fastest", lambda product: float(product.args[0].dtype != torch.int8))
+    assert not rough.prefers_int8.__wrapped__(512)
+
+
+@pytest.mark.parametrize(("seconds", "is_preferred"), [(0.5, True), (0.9, False)])
+def test_8_bits_are_used_only_where_they_are_faster(monkeypatch, seconds, is_preferred):
+    monkeypatch.setattr(torch, "_int_mm", lambda gallery, query: gallery.int() @ query.int())
+    monkeypatch.setattr(rough, "_fastest", lambda product: seconds if product.args[0].dtype == torch.int8 else 1.0)
+    assert rough.prefers_int8.__wrapped__(512) == is_preferred
 
 
 def test_a_single_query_is_left_out_by_its_index():
@@ -135,7 +190,7 @@ def test_a_single_query_of_rows_on_disk_rounds_nothing(tmp_path):
     index = CosineKNN(rows.find(keys)[0])
     for query in vectors[:3]:
         assert index.search(query[None], 5)[1].tolist() == brute_force(vectors, query[None], 5)[1].tolist()
-    assert "_rounded" not in index.__dict__
+    assert not index.copies
 
 
 def test_blocks_give_what_one_product_gives(monkeypatch):

@@ -235,7 +235,10 @@ def test_an_evaluation_is_made_of_the_search_and_the_scores(synthetic_photos, em
         assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
     assert evaluation.values[""]["precision@1"].mean() == (gallery.labels[neighbours[:, 0]] == queries.labels).mean()
     assert evaluation.verification == verify(embedder, split.validation, queries)
-    assert evaluation.search == {"engine": "exact", "recall@10": 1.0, "bytes_per_photo": 6.0 * 512}
+    dim, error = 512, 4  # bytes
+    sizes = {4 * dim + copies for copies in (2 * dim + error, dim + error, 3 * dim + 2 * error)}  # by CPU
+    assert evaluation.search.pop("bytes_per_photo") in sizes
+    assert evaluation.search == {"engine": "exact", "recall@10": 1.0}
     assert evaluation.timing.keys() == {
         "decode_photos_per_second",
         "embed_photos_per_second",
