@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.config import UserError, first_line
 from common.data.photos import Photos
-from common.device import autocast, choose_precision
+from common.device import FreeCores, autocast, choose_precision, limit_torch_threads
 from common.distributed import (
     average,
     average_gradients,
@@ -94,6 +94,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.compiled = torch.compile(network) if config.compile else network
         self.peak_learning_rate, self.total_steps = config.learning_rate, total_steps
+        self.cores = FreeCores()
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Calls the network, under autocast where the device is faster in 16 bits.
@@ -157,7 +158,7 @@ def train(
     """Trains `network` in place, on its device; writes `checkpoint` to `path` after every epoch.
 
     With `config.resume` training continues from that file. On the same CPU the result is bit-identical to that of
-    an uninterrupted run.
+    an uninterrupted run, on the same number of threads: beside other programs these may be fewer (`FreeCores`).
 
     `photos` are N photos to train on, `decoded` their pixels. `training_step` gives a batch's losses; its randomness
     comes from torch's global generators. `sampler` decides the order of an epoch, random by default; the last
@@ -175,7 +176,8 @@ def train(
     if config.resume:
         checkpoint.history = resume(trainer, checkpoint, path, config.epochs)
     history = checkpoint.history
-    with lost_process_is_an_error(), synchronized_batch_norm(network):
+    threads = limit_torch_threads(trainer.cores.choose())
+    with lost_process_is_an_error(), synchronized_batch_norm(network), threads:
         copy_from_first(network)
         for epoch in range(len(history), config.epochs):
             rng = np.random.default_rng((config.seed, epoch))
@@ -231,6 +233,7 @@ def train_epoch(
                     raise UserError(f"the loss is {mean_loss} in epoch {epoch + 1}: lower learning_rate ({peak})")
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             bar.update(batch_size)
+            torch.set_num_threads(trainer.cores.choose())
     average(list(sums.values()))
     terms = {name: float(total) / steps for name, total in sums.items()}
     seconds = time.perf_counter() - started

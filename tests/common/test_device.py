@@ -9,6 +9,7 @@ import torch
 from common import device
 from common.config import UserError
 from common.device import (
+    FreeCores,
     autocast,
     choose_device,
     choose_precision,
@@ -124,3 +125,56 @@ def test_the_number_of_threads_is_restored():
         assert torch.get_num_threads() == 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Of four cores, 100 ticks a second: a function that says what was taken until then, and by this program."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(device, "CPU_TIMES", tmp_path / "stat")
+    monkeypatch.setattr(device, "num_cores", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(device.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+    def taken(clock, user=0, nice=0, system=0, interrupts=0, own=0):
+        monkeypatch.setattr(device.time, "perf_counter", lambda: 1000.0 + clock)
+        monkeypatch.setattr(device.time, "process_time", lambda: 20.0 + own)
+        text = f"cpu  {5000 + user} {nice} {system} 99999 50 {interrupts} 0 0 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
+        (tmp_path / "stat").write_text(text)
+
+    taken(0)
+    return taken
+
+
+def test_threads_leave_cores_to_other_programs(machine):
+    cores = FreeCores()
+    machine(0.5, user=100, own=0.5)
+    assert cores.choose() == 3
+    machine(1, user=100)
+    assert cores.choose() == 4  # as torch has now: it looks every two seconds
+    machine(10.5, user=3100, own=20.5)  # 30 s of cores in 10 s, 20 of them its own
+    assert cores.choose() == 3
+    machine(20.5, user=5100, nice=200, system=500, interrupts=300, own=25.5)  # 30 more, 5 of them its own
+    assert cores.choose() == 2  # 2.5 are taken by others
+    machine(30.5, user=9000, nice=200, system=500, interrupts=300, own=25.5)
+    assert cores.choose() == 1
+    machine(40.5, user=9000, nice=200, system=500, interrupts=300, own=25.5)
+    assert cores.choose() == 4
+
+
+@pytest.mark.parametrize("reason", ["set", "container", "not Linux", "one"])
+def test_the_number_of_threads_stays(machine, monkeypatch, tmp_path, reason):
+    if reason == "set":
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    elif reason == "container":
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    elif reason == "one":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    threads = torch.get_num_threads()
+    if reason == "not Linux":
+        monkeypatch.setattr(device, "CPU_TIMES", tmp_path / "nowhere")
+    cores = FreeCores()
+    machine(10, user=4000)
+    assert cores.choose() == threads

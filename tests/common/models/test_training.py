@@ -11,6 +11,7 @@ from torch import nn
 from common.config import UserError
 from common.data.photos import load_photos
 from common.data.split import fingerprint
+from common.device import FreeCores
 from common.models.checkpoint import Checkpoint
 from common.models.decoded import DecodedPhotos
 from common.models.training import RandomSampler, schedule, train
@@ -233,3 +234,11 @@ def test_a_network_that_cannot_be_compiled(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
     with pytest.raises(UserError, match=r"can't be compiled \(no working C\+\+ compiler found\): leave --compile out"):
         run(Config(compile=True), tmp_path / "small.pt")
+
+
+def test_threads_are_chosen_step_by_step_and_restored(run, tmp_path, monkeypatch):
+    chosen, seen, before = iter([2, 1, 2, 3, 2, 1, 1]), [], torch.get_num_threads()
+    monkeypatch.setattr(FreeCores, "choose", lambda cores: next(chosen))
+    run(Config(), tmp_path / "small.pt", observe=lambda batch: seen.append(torch.get_num_threads()))
+    assert seen == [2, 1, 2, 3, 2, 1]  # an epoch goes on with those of the one before
+    assert torch.get_num_threads() == before
