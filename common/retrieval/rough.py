@@ -104,11 +104,11 @@ def bound_errors(query_errors: np.ndarray, block_error: float, dim: int, precisi
 
     |q.g - q'.g'| <= |q - q'| |g| + |q'| |g - g'| (Cauchy-Schwarz); a sum in float32 is off by at most D * 2^-24
     (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), and rounding a result below 1 to bfloat16 adds
-    at most 2^-9. The factor 1.01 covers |q'| > 1.
+    at most 2^-9. |q'| is at most |q| + |q - q'|, and |q| and |g| at most 1, but for the rounding that 1.01 covers.
     """
     summation = dim * FLOAT32_EPSILON
     result = BFLOAT16_ERROR if precision == torch.bfloat16 else 0
-    return np.asarray(query_errors + 1.01 * (block_error + summation) + result, np.float32)
+    return np.asarray(query_errors + (1.01 + query_errors) * (block_error + summation) + result, np.float32)
 
 
 def find_candidates(

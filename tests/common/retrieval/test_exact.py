@@ -139,6 +139,22 @@ def test_errors_of_rounding_to_8_bits():
     assert errors.tolist() == [[0], [0]]
 
 
+def test_the_error_of_a_rough_product_is_bounded():
+    """Also where rounding makes a query longer than 1."""
+    errors = np.float32([[0.05], [0.0]])
+    bounds = rough.bound_errors(errors, 0.04, 1 << 10, torch.int8)
+    assert bounds == pytest.approx(np.array([[0.05 + 1.06 * (0.04 + 2.0**-14)], [1.01 * (0.04 + 2.0**-14)]]), rel=1e-6)
+    more = rough.bound_errors(errors, 0.04, 1 << 10, torch.bfloat16)
+    assert more - bounds == pytest.approx(np.full((2, 1), 2.0**-9), rel=1e-4)
+    rng = np.random.default_rng(11)
+    for precision in (torch.int8, torch.bfloat16):
+        vectors = torch.from_numpy(normalize(rng.normal(size=(200, 24)) ** 5))  # a few large components
+        rounded = rough.round_vectors(vectors, precision)
+        products = rounded.scale**2 * (rounded.vectors.double() @ rounded.vectors.double().T)
+        off = (products - vectors.double() @ vectors.double().T).abs().numpy()
+        assert (off <= rough.bound_errors(rounded.errors, float(rounded.errors.max()), 24, precision)).all()
+
+
 @pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 7), (5000, 33), (70, 512)])
 def test_one_product_in_8_bits(rows, dim):
     rng = np.random.default_rng(10)
