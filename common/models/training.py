@@ -176,8 +176,7 @@ def train(
     if config.resume:
         checkpoint.history = resume(trainer, checkpoint, path, config.epochs)
     history = checkpoint.history
-    threads = limit_torch_threads(trainer.cores.choose())
-    with lost_process_is_an_error(), synchronized_batch_norm(network), threads:
+    with lost_process_is_an_error(), synchronized_batch_norm(network), limit_torch_threads(trainer.cores.choose()):
         copy_from_first(network)
         for epoch in range(len(history), config.epochs):
             rng = np.random.default_rng((config.seed, epoch))
