@@ -14,7 +14,7 @@ No labels are used but those that the CNN was pre-trained with (ImageNet).
     python autoencoder.py
     python autoencoder.py --feature-weight 0 --view-weight 0
 
-The last one learns from pixels alone, from random weights: precision@5 0.562, PSNR 25.0 dB.
+The last one learns from pixels alone, from random weights: after four epochs precision@5 0.568, PSNR 24.4 dB.
 
 Measured with squeezenet1_1 on 18,000 photos of cats and dogs with 2,000 queries, on two cores of an AMD EPYC in
 bfloat16: precision@5 0.950, instance_hit_rate@1_crop 0.957, recall@1 by dog breed 0.499 after 26 minutes of training;
