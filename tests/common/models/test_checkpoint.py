@@ -33,7 +33,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     for field in dataclasses.fields(Checkpoint):
         if field.name not in ("network", "optimizer"):
             assert getattr(loaded, field.name) == getattr(CHECKPOINT, field.name)
-    assert loaded.schema == SCHEMA == 6
+    assert loaded.schema == SCHEMA == 7
     assert loaded.network.keys() == {"weight"}
     assert torch.equal(loaded.network["weight"], CHECKPOINT.network["weight"])
     assert loaded.optimizer["state"][0]["step"] == 5
