@@ -119,7 +119,7 @@ class FreeCores:
     """The threads to compute on beside other programs, where Linux counts the time that all of them take.
 
     The threads of an operation wait for each other. If another program keeps a core busy, training on all cores takes
-    14 times as long (siamese.py, two cores of an AMD EPYC, Linux 6.18), on one thread less 1.8 times. Where
+    14 times as long (siamese.py, two cores of an AMD EPYC, Linux 6.18), on one thread less 1.7 times. Where
     `OMP_NUM_THREADS` is set, or this program may not use all cores of the machine, the number stays.
     """
 
